@@ -1,0 +1,170 @@
+"""From the row index to batches: the datasets and samplers behind the data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from lit_sparse.data.retrieval import Passkey
+from lit_sparse.data.rows import FILLER, RowIndex, count_fixed_rows, fixed_rows
+from lit_sparse.data.store import TokenStore
+
+IGNORED = -100
+"""Label of a token that has nothing to predict."""
+
+Batch = dict[str, Tensor]
+
+
+def pack(
+    store: TokenStore,
+    rows: RowIndex,
+    row: int,
+    passkey: Passkey | None = None,
+    fraction: float = 0.0,
+    seed: int = 0,
+) -> Batch:
+    """Assemble one row.
+
+    Args:
+        store: the documents of the row index.
+        rows: the row index.
+        row: number of the row.
+        passkey: planted in a piece with probability `fraction`; drawn from (seed, row, number of the
+            piece), so that a row is the same whoever assembles it.
+        fraction: in [0, 1].
+        seed: not negative.
+
+    Returns:
+        input_ids, position_ids (from 0 in each piece) and labels (the next token of the same piece, or
+        -100: already shifted), int64 [1, row_tokens] each.
+    """
+    ids = np.empty(rows.row_tokens, dtype=np.int64)
+    positions = np.empty_like(ids)
+    labels = np.full_like(ids, IGNORED)
+    at = 0
+    for number, (document, start, length) in enumerate(zip(*rows.pieces(row))):
+        piece = slice(at, at + length)
+        if document == FILLER:
+            ids[piece] = store.eos_id
+        else:
+            begin = store.offsets[document] + start
+            tokens = store.tokens[begin : begin + length]
+            if passkey is not None and fraction > 0 and length >= passkey.shortest:
+                rng = np.random.default_rng((seed, row, number))
+                if rng.random() < fraction:
+                    tokens = passkey.plant(tokens, rng)
+            ids[piece] = tokens
+            labels[at : at + length - 1] = ids[at + 1 : at + length]
+        positions[piece] = np.arange(length)
+        at += length
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {key: torch.from_numpy(values)[None] for key, values in batch.items()}
+
+
+class TrainingRows(Dataset[Batch]):
+    """Row number -> batch, with `step_tokens`, the loss tokens of the row's whole optimizer step."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: RowIndex,
+        passkey: Passkey | None = None,
+        fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.store, self.rows = store, rows
+        self.passkey, self.fraction, self.seed = passkey, fraction, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Batch:
+        batch = pack(self.store, self.rows, row, self.passkey, self.fraction, self.seed)
+        step_tokens = self.rows.step_tokens(row // self.rows.rows_per_step)
+        return {**batch, "step_tokens": torch.tensor(step_tokens)}
+
+
+class TrainingSampler(Sampler[int]):
+    """Row numbers of one rank, step by step from `start_step` to the end of the run.
+
+    Step s is the rows from `s * rows_per_step` on, of which rank r of W takes a run of `rows_per_step / W`.
+
+    Args:
+        rows: rows of the run.
+        rows_per_step: rows of an optimizer step, a multiple of `world`.
+        rank, world: this rank and the number of data-parallel ranks.
+        start_step: optimizer steps that are done.
+        counted: batches of steps done that the length still counts (Lightning compares its counter of
+            batches, which a resumed run restores, with the length of the loader).
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        counted: int = 0,
+    ) -> None:
+        self.steps = range(min(start_step, rows // rows_per_step), rows // rows_per_step)
+        self.rows_per_step, self.rank, self.counted = rows_per_step, rank, counted
+        self.share = rows_per_step // world
+
+    def __len__(self) -> int:
+        return self.counted + len(self.steps) * self.share
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            first = step * self.rows_per_step + self.rank * self.share
+            yield from range(first, first + self.share)
+
+
+class ValidationRows(Dataset[Batch]):
+    """(length, row number) -> batch, with `step_tokens`, the row's own loss tokens.
+
+    The row index of a length is built when it is first asked for, in the process that asks.
+    """
+
+    def __init__(self, store: TokenStore, row_tokens: int, rows: int, seed: int) -> None:
+        self.store, self.row_tokens, self.wanted, self.seed = store, row_tokens, rows, seed
+        self.indices: dict[int, RowIndex] = {}
+
+    def __len__(self) -> int:
+        return count_fixed_rows(self.store.lengths, self.row_tokens, self.wanted)
+
+    def rows(self, length: int) -> RowIndex:
+        if length not in self.indices:
+            self.indices[length] = fixed_rows(
+                self.store.lengths, length, self.row_tokens, self.wanted, self.seed
+            )
+        return self.indices[length]
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        length, row = key
+        rows = self.rows(length)
+        batch = pack(self.store, rows, row)
+        return {**batch, "step_tokens": torch.tensor(int(rows.loss_tokens[row]))}
+
+
+class ValidationSampler(Sampler[tuple[int, int]]):
+    """Keys of `ValidationRows` for one rank, at the length that `length()` gives when a pass starts.
+
+    It lives in the main process, so a change of length reaches workers that run already. Every rank gets
+    as many rows; what is left over is dropped.
+    """
+
+    def __init__(self, rows: int, length: Callable[[], int], rank: int = 0, world: int = 1) -> None:
+        self.share, self.rank, self.length = rows // world, rank, length
+
+    def __len__(self) -> int:
+        return self.share
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        length = self.length()
+        for row in range(self.rank * self.share, (self.rank + 1) * self.share):
+            yield length, row

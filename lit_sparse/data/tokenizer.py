@@ -1,0 +1,187 @@
+"""Tokenizers: raw bytes (nothing to download) or a local Hugging Face directory, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+CHUNK = 1 << 20
+"""Characters that a Hugging Face tokenizer gets at once; some take quadratic time (llm-foundry#1240)."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer. Ids are below `vocab_size`, `eos_id` is one of them."""
+
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids of a text, one dimension, without special tokens."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in parallel where the tokenizer can."""
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that `AutoTokenizer.from_pretrained` loads."""
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 ends a document."""
+
+    eos_id = 256
+    vocab_size = 257
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Bytes of the text as uint16 [bytes]. A lone surrogate, which UTF-8 cannot hold, becomes "?"."""
+        raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids. Broken UTF-8 becomes U+FFFD, the end of a document `END_OF_DOCUMENT`."""
+        array = _as_array(ids)
+        ends = np.flatnonzero(array == self.eos_id)
+        parts = np.split(array, ends)
+        texts = [part[part != self.eos_id].astype(np.uint8).tobytes() for part in parts]
+        return END_OF_DOCUMENT.join(text.decode("utf-8", errors="replace") for text in texts)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the same tokenizer for Hugging Face: byte-level BPE without a single merge."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        bytelevel = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bytelevel.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bytelevel.decoder = decoders.ByteLevel()
+        bytelevel.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
+        PreTrainedTokenizerFast(
+            tokenizer_object=bytelevel,
+            eos_token=END_OF_DOCUMENT,
+            pad_token=END_OF_DOCUMENT,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(directory)
+
+
+class HFTokenizer:
+    """A tokenizer from a local Hugging Face directory. Nothing is downloaded, no code of it is run.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ValueError: it is no tokenizer, or has no end-of-sequence token. The message names `data.tokenizer`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises many kinds for a directory that is no tokenizer
+            raise ValueError(f"data.tokenizer = {str(path)!r} cannot be loaded: {error}") from error
+        if self.inner.eos_token_id is None:
+            raise ValueError(
+                f"data.tokenizer = {str(path)!r} has no eos_token, which is put at the end of each "
+                "document; set one in its tokenizer_config.json"
+            )
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.inner.eos_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use, added tokens included; the embedding of a model may have more rows."""
+        return max(len(self.inner), self.eos_id + 1)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", errors="replace")
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as int64. A special token spelled out in a text is text, not a control token."""
+        chunks = [list(_chunks(text)) for text in texts]
+        flat = [chunk for group in chunks for chunk in group]
+        if not flat:
+            return [np.zeros(0, np.int64) for _ in texts]
+        encoded = self.inner(
+            flat,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        arrays = iter([np.asarray(ids, dtype=np.int64) for ids in encoded])
+        empty = np.zeros(0, np.int64)
+        return [np.concatenate([empty, *(next(arrays) for _ in group)]) for group in chunks]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.inner.decode(_as_array(ids).tolist(), clean_up_tokenization_spaces=False)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.inner.save_pretrained(str(directory))
+
+
+def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """The tokenizer of a config: "bytes", or the path of a local Hugging Face directory.
+
+    Raises:
+        ValueError: it is neither, or the directory cannot be loaded. The message names `data.tokenizer`.
+    """
+    if name_or_dir == "bytes":
+        return ByteTokenizer()
+    if Path(name_or_dir).is_dir():
+        return HFTokenizer(name_or_dir)
+    raise ValueError(
+        f"data.tokenizer = {str(name_or_dir)!r} is neither 'bytes' nor a directory; nothing is "
+        "downloaded, so give the path of a local Hugging Face tokenizer"
+    )
+
+
+def _as_array(ids: Iterable[int]) -> np.ndarray:
+    return np.asarray(ids if hasattr(ids, "__len__") else list(ids), dtype=np.int64).reshape(-1)
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte: itself if it can be seen, else one from 256."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    characters, spare = [], 256
+    for byte in range(256):
+        if byte in visible:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(spare))
+            spare += 1
+    return characters
+
+
+def _chunks(text: str) -> Iterable[str]:
+    """Pieces of a text, cut where a line ends and the next starts with a character that is no space.
+
+    Pre-tokenizers of byte-level BPE cut there anyway, so the ids do not change.
+    """
+    start = 0
+    while len(text) - start > CHUNK:
+        cut = start + CHUNK
+        while cut > start and not (text[cut - 1] == "\n" and not text[cut].isspace()):
+            cut = text.rfind("\n", start, cut - 1) + 1
+        if cut <= start:  # no line ends here: one enormous line
+            cut = start + CHUNK
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]

@@ -1,0 +1,104 @@
+"""Build the model of a run: from a local directory, or from an architecture with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_sparse.models.state import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Not fields of a config class, and yet read by every one that has RoPE.
+_LEGACY = frozenset({"rope_theta", "rope_scaling"})
+
+
+def build_model(
+    pretrained: str | Path | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Build a causal language model; exactly one of the two sources.
+
+    Args:
+        pretrained: a local directory as `save_pretrained` writes it: config.json and *.safetensors.
+            Nothing is downloaded, and no code in it is run.
+        architecture: `model_type` and keys of its transformers config; weights are random, from
+            torch's global generator.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: both or neither source, a directory without what is needed, or unknown keys; the
+            message names `model.pretrained` or `model.architecture`.
+    """
+    if (pretrained is None) == (architecture is None):
+        raise ValueError("set exactly one of model.pretrained and model.architecture")
+    weights = _dtype(dtype)
+    if pretrained is not None:
+        return _load(Path(pretrained), weights)
+    assert architecture is not None
+    return _from_architecture(architecture, weights)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"model.dtype must be a floating point type such as 'bfloat16', got {dtype!r}"
+        )
+    return found
+
+
+def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if not path.is_dir():
+        raise ValueError(
+            f"model.pretrained: there is no directory {path} (models are not downloaded; fetch it "
+            "first)"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.pretrained: {path} has no config.json")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"model.pretrained: {path} has no *.safetensors (pickled weights are not loaded: they "
+            "may run code; convert them with save_pretrained)"
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+    )
+
+
+def _from_architecture(architecture: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    keys = {key: value for key, value in architecture.items() if key != "model_type"}
+    kind = architecture.get("model_type")
+    if kind is None:
+        raise ValueError("model.architecture needs model_type, e.g. 'llama'")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.architecture: no model_type {kind!r}{_nearest(str(kind), list(CONFIG_MAPPING))}"
+        )
+    config_class = CONFIG_MAPPING[kind]
+    # A config class stores any keyword as an attribute: a misspelt key would quietly do nothing.
+    known = {field.name for field in dataclasses.fields(config_class)}
+    known |= set(config_class.attribute_map) | _LEGACY | {CONFIG_KEY}
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
+        raise ValueError(f"model.architecture: {config_class.__name__} has no {listed}")
+    config = AutoConfig.for_model(kind, **keys)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,0 +1,230 @@
+"""Turn a transformers model sparse and back, watch its attention, run it densely for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from torch import nn
+
+from lit_sparse.budget import Budget
+from lit_sparse.models.state import (
+    CONFIG_KEY,
+    NAME,
+    Law,
+    LayerState,
+    ModelState,
+    Observer,
+    layer_state,
+)
+from lit_sparse.models.support import attention_layers, check_support, layer_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(
+    model: Model,
+    budget: Budget | None = None,
+    *,
+    layers: Mapping[int, Budget] | None = None,
+    block: int = 64,
+    tile: int | None = None,
+    score: str = "mass",
+    backend: str | None = None,
+) -> Model:
+    """Replace the attention of a transformers causal language model by sparse attention, in place.
+
+    The law is also written to `model.config.sparse_attention`, so that a saved model remembers it:
+    `sparsify(AutoModelForCausalLM.from_pretrained(path))` is the same sparse model again, and
+    without `sparsify` the directory loads as an ordinary model. Calling it again replaces the law.
+
+    Args:
+        model: a causal language model, or its base model, of a supported type (`SUPPORTED`).
+        budget: keys per query as a function of the context; None takes the law from the model's
+            config.
+        layers: budgets of single layers; `Budget.dense()` keeps one dense.
+        block: consecutive keys kept or dropped together, in tokens.
+        tile: consecutive queries sharing a selection, in tokens; None for the operator's default.
+        score: name of the block scorer.
+        backend: "triton", "cpu" or "reference"; None picks by device. Not stored.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unsupported model, unknown layer number, or no law to take.
+        NotImplementedError: a layer of the model has no full attention.
+    """
+    check_support(model)
+    if budget is not None:
+        law = Law(budget, dict(layers or {}), block, tile, score)
+    elif layers is None and (block, tile, score) == (64, None, "mass"):
+        law = _stored_law(model)
+    else:
+        raise ValueError(
+            "layers, block, tile and score need a budget: without one the whole law is taken from "
+            f"config.{CONFIG_KEY}"
+        )
+    modules = attention_layers(model)
+    unknown = sorted(set(law.layers) - {layer for layer, _ in modules})
+    if unknown:
+        raise ValueError(
+            f"layers names {unknown}, but the model has layers 0 to {len(modules) - 1}"
+        )
+
+    _register()
+    _transformers(model).set_attn_implementation(NAME)
+    state = _find_state(model)
+    if state is None:
+        state = ModelState(law, backend)
+    else:
+        # The same object: observers of the model go on observing it.
+        state.law, state.backend = law, backend
+    names = layer_names(model)
+    for layer, module in modules:
+        setattr(module, NAME, LayerState(layer, names[layer], state))
+    setattr(_transformers(model).config, CONFIG_KEY, law.to_dict())
+    return model
+
+
+def unsparsify(model: Model) -> Model:
+    """Undo `sparsify`, in place: sdpa attention, nothing of ours on modules or in the config."""
+    for _, module in attention_layers(model):
+        if layer_state(module) is not None:
+            delattr(module, NAME)
+    transformers_model = _transformers(model)
+    if transformers_model.config._attn_implementation == NAME:
+        transformers_model.set_attn_implementation("sdpa")
+    if hasattr(transformers_model.config, CONFIG_KEY):
+        delattr(transformers_model.config, CONFIG_KEY)
+    return model
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether the model runs our attention at the moment; a law in its config alone is not that."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != NAME:
+        return False
+    return _find_state(model) is not None
+
+
+def law_of(model: nn.Module) -> Law:
+    """The law of a sparsified model; ValueError if it is not one."""
+    return _require_state(model).law
+
+
+def set_dense(model: nn.Module, dense: bool) -> None:
+    """Let every layer of a sparsified model see all keys, or obey the law again.
+
+    The switch is of this process (a dense stage of training); the law and the config keep what they
+    say.
+    """
+    _require_state(model).dense = dense
+
+
+@contextmanager
+def dense_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of a sparsified model has `Budget.dense()`: dense attention per document.
+
+    With activation checkpointing, call backward inside as well: it runs the layers again.
+    """
+    state = _require_state(model)
+    before, state.dense = state.dense, True
+    try:
+        yield
+    finally:
+        state.dense = before
+
+
+class Observation:
+    """Handle of an observer: a context manager that ends the observation, or `remove()` does."""
+
+    def __init__(self, state: ModelState, entry: tuple[Observer, frozenset[int] | None]) -> None:
+        self._state = state
+        self._entry = entry
+        state.observers.append(entry)
+
+    def remove(self) -> None:
+        """Stop observing. A second call does nothing."""
+        # By identity: the same function may observe twice.
+        self._state.observers = [e for e in self._state.observers if e is not self._entry]
+
+    def __enter__(self) -> Observation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def observe(model: nn.Module, fn: Observer, layers: Iterable[int] | None = None) -> Observation:
+    """Call `fn(layer, q, k, v, out, lse, selection, scale, documents)` after each sparse attention
+    call.
+
+    The tensors are packed and detached: q, out [T, Hq, D], k, v [Tk, Hkv, D], lse [T, Hq];
+    `documents` says which tokens belong together. When activation checkpointing computes a layer
+    again, nobody is called. Any number of observers may watch a model, in any order of ending.
+
+    Args:
+        model: a sparsified model.
+        fn: the observer; what it raises ends the forward.
+        layers: layer numbers to watch; None for all.
+
+    Raises:
+        ValueError: the model is not sparsified, or has no such layer.
+    """
+    state = _require_state(model)
+    watched = None if layers is None else frozenset(layers)
+    numbers = {layer for layer, _ in attention_layers(model)}
+    if watched is not None and watched - numbers:
+        raise ValueError(
+            f"layers names {sorted(watched - numbers)}, but the model has layers 0 to "
+            f"{len(numbers) - 1}"
+        )
+    return Observation(state, (fn, watched))
+
+
+def _stored_law(model: nn.Module) -> Law:
+    stored = getattr(_transformers(model).config, CONFIG_KEY, None)
+    if stored is None:
+        raise ValueError(
+            f"the model's config has no {CONFIG_KEY}: it was not saved from a sparsified model; "
+            "pass a budget, e.g. sparsify(model, Budget(alpha=16, exponent=0.5))"
+        )
+    return Law.from_dict(stored)
+
+
+def _find_state(model: nn.Module) -> ModelState | None:
+    for module in model.modules():
+        state = layer_state(module)
+        if isinstance(state, LayerState):
+            return state.model
+    return None
+
+
+def _require_state(model: nn.Module) -> ModelState:
+    state = _find_state(model) if is_sparse(model) else None
+    if state is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not sparse: call sparsify(model, budget) first"
+        )
+    return state
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    from lit_sparse.models.attention import sparse_attention_forward
+
+    # Without a mask function of the same name transformers drops padding and packing silently;
+    # flash attention's hands over what we need (None, or the 2D mask) and builds no n x n mask.
+    AttentionInterface.register(NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+def _transformers(model: nn.Module) -> PreTrainedModel:
+    return cast(Any, model)

@@ -1,0 +1,129 @@
+"""What a sparsified model carries: its law, and on each attention module an object with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lit_sparse.attention.scores import get_scorer
+from lit_sparse.attention.select import check_power_of_two
+from lit_sparse.budget import Budget
+from lit_sparse.models.documents import DocumentCache
+
+NAME = "lit_sparse"
+"""Our name in transformers' registries, and of the attribute on attention modules."""
+
+CONFIG_KEY = "sparse_attention"
+"""The key of a model's config under which its law is saved."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """How a model's layers select keys: what a checkpoint remembers about sparse attention.
+
+    Args:
+        budget: the law of every layer without one of its own.
+        layers: layer number -> its own budget (`Budget.dense()` keeps a layer dense).
+        block: consecutive keys that are kept or dropped together, in tokens.
+        tile: consecutive queries that share a selection, in tokens, or None for the operator's
+            default.
+        score: name of the block scorer.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    budget: Budget
+    layers: Mapping[int, Budget] = field(default_factory=dict)
+    block: int = 64
+    tile: int | None = None
+    score: str = "mass"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise ValueError(f"budget must be a Budget, got {self.budget!r}")
+        for layer, budget in self.layers.items():
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"layers maps layer numbers to budgets, got the key {layer!r}")
+            if not isinstance(budget, Budget):
+                raise ValueError(f"layers[{layer}] must be a Budget, got {budget!r}")
+        check_power_of_two("block", self.block)
+        if self.tile is not None:
+            check_power_of_two("tile", self.tile)
+        if not isinstance(self.score, str):
+            raise ValueError(
+                "score must be the name of a scorer, since the model's config stores it, got "
+                f"{self.score!r}; for a scorer of your own call lit_sparse.attention.select"
+            )
+        get_scorer(self.score)
+        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+
+    def of(self, layer: int) -> Budget:
+        """The budget of one layer."""
+        return self.layers.get(layer, self.budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON keeps unchanged: `Law.from_dict(law.to_dict()) == law`."""
+        return {
+            "budget": self.budget.to_dict(),
+            "layers": {str(layer): budget.to_dict() for layer, budget in self.layers.items()},
+            "block": self.block,
+            "tile": self.tile,
+            "score": self.score,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Law:
+        """The law that `to_dict` stored; ValueError if this is none."""
+        try:
+            fields = dict(stored)
+            budget = Budget(**fields.pop("budget"))
+            layers = {int(key): Budget(**value) for key, value in fields.pop("layers", {}).items()}
+            return cls(budget, layers, **fields)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"config.{CONFIG_KEY} holds no law that this version can read ({error}); pass a "
+                "budget to sparsify"
+            ) from error
+
+
+Observer = Callable[..., None]
+
+
+class ModelState:
+    """What all layers of one sparsified model share.
+
+    `dense` and `observers` are switches of the running process: neither a checkpoint nor a copy of
+    the model keeps observers, and found documents refer to the original's tensors.
+    """
+
+    def __init__(self, law: Law, backend: str | None = None) -> None:
+        self.law = law
+        self.backend = backend
+        self.dense = False
+        self.observers: list[tuple[Observer, frozenset[int] | None]] = []
+        self.documents = DocumentCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observers": [], "documents": DocumentCache()}
+
+
+@dataclass
+class LayerState:
+    """Which layer an attention module is (number and name in the model), and its model's state."""
+
+    layer: int
+    name: str
+    model: ModelState
+
+    @property
+    def budget(self) -> Budget:
+        return Budget.dense() if self.model.dense else self.model.law.of(self.layer)
+
+
+def layer_state(module: nn.Module) -> LayerState | None:
+    """The state that `sparsify` put on an attention module, or None."""
+    return getattr(module, NAME, None)
