@@ -1,14 +1,15 @@
-"""CPU backend: gathered tiles through ATen's flash kernel, forward and backward.
+"""CPU backend: gathered tiles as small dense attentions, by batched matrix products.
 
 A tile's rows (its queries, of all heads of the group) against its kept keys are one small dense
-attention, so tiles with equally long lists go through PyTorch's own kernel as a batch, at the same speed
-per operation as dense attention. The blocks that every row sees whole need no mask; the late and the
-diagonal ones do, in a second call. The two merge by their log-sum-exps; the backward takes the merged
-log-sum-exp and output for both, which makes their gradients add up.
+attention, and tiles with equally long lists are a batch of them. One tile a thread is in work at a time,
+so that its logits stay in that core's cache from one product to the next. Logits are in units of log 2,
+because exp2 costs a quarter of exp in PyTorch's CPU kernels. Only the last keys of a list, those of the
+late and diagonal blocks, need a mask.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,47 +20,97 @@ from torch import Tensor
 from lit_sparse.attention.layout import from_key_blocks, from_query_tiles, key_blocks, query_tiles
 from lit_sparse.attention.selection import Selection
 
-_CHUNK_BYTES = 6 * 2**20
-"""Gathered keys and values that exist at a time: they should stay in the cache between the two reads."""
+_LOG2E = math.log2(math.e)
+
+_BATCH_BYTES = 8 * 2**20
+"""Masks and rows that are prepared at a time, for many steps of one tile a thread."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _Batch:
     """Tiles, of any head, whose lists are cut alike.
 
     Args:
         items: int64 [N], head * tiles + tile.
-        parts: pairs of the gathered blocks int64 [N, B] (head * blocks + block) and their additive mask
-            [N, G * tile, B * block], None where all rows see all keys.
+        blocks: int64 [N, B], the kept blocks, head * blocks + block.
+        whole: keys at the head of each list that every row sees.
+        mask: additive [N, G * tile, B * block - whole] for the keys after them.
     """
 
     items: Tensor
-    parts: list[tuple[Tensor, Tensor | None]]
+    blocks: Tensor
+    whole: int
+    mask: Tensor
+
+    def steps(self) -> Iterator[slice]:
+        size = torch.get_num_threads()
+        return (slice(i, i + size) for i in range(0, len(self.items), size))
+
+
+class _Grid:
+    """Queries as tiles, keys and values as blocks, all heads in one batch dimension."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> None:
+        self.selection, self.plan = selection, selection.plan
+        self.heads, self.groups = k.shape[1], q.shape[1] // k.shape[1]
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q = self.tiles(q)
+        self.k, self.v = self.blocks(k), self.blocks(v)
+        self._buffers: dict[str, Tensor] = {}
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """[T, Hq, D] as [Hkv * tiles, G * tile, D], in float32 or float64."""
+        return query_tiles(x.to(self.dtype), self.plan, self.groups).flatten(0, 1)
+
+    def rows(self, tiles: Tensor) -> Tensor:
+        """The inverse of `tiles`."""
+        return from_query_tiles(tiles.unflatten(0, (self.heads, -1)), self.plan, self.groups)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """[T, Hkv, D] as [Hkv * blocks, block * D], in float32 or float64."""
+        return key_blocks(x.to(self.dtype), self.plan).flatten(0, 1).flatten(1)
+
+    def keys(self, blocks: Tensor) -> Tensor:
+        """The inverse of `blocks`."""
+        shape = (self.heads, -1, self.plan.block, self.q.shape[-1])
+        return from_key_blocks(blocks.view(shape), self.plan)
+
+    def gather(self, name: str, blocks: Tensor, index: Tensor) -> Tensor:
+        """[Hkv * blocks, block * D] at [N, B] as [N, B * block, D]."""
+        gathered = self.buffer(name, index.numel(), blocks.shape[1])
+        torch.index_select(blocks, 0, index.flatten(), out=gathered)
+        return gathered.view(len(index), -1, self.q.shape[-1])
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory written anew in each step: fresh pages for each would cost as much as the products."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self.q.new_empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]; see `sparse_attention` for the arguments."""
-    plan, groups = selection.plan, q.shape[1] // k.shape[1]
-    tiles, keys, values = _flat(query_tiles(q, plan, groups)), _flat(key_blocks(k, plan)), _flat(key_blocks(v, plan))
-    out = torch.empty_like(tiles)
-    lse = torch.empty(tiles.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for chunk in _chunks(selection, groups, q):
-        rows = tiles[chunk.items]
-        results = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[None], _gather(keys, blocks), _gather(values, blocks), 0.0, False, attn_mask=mask, scale=scale
-            )
-            for blocks, mask in chunk.parts
-        ]
-        part_out, part_lse = results[0][0][0], results[0][1][0]
-        for other_out, other_lse in results[1:]:
-            part_out, part_lse = _merge(part_out, part_lse, other_out[0], other_lse[0])
-        out[chunk.items], lse[chunk.items] = part_out, part_lse
-    heads = k.shape[1]
-    lse_rows = from_query_tiles(lse.view(heads, plan.tiles, -1, 1), plan, groups)
-    return from_query_tiles(out.view(heads, plan.tiles, *out.shape[1:]), plan, groups), lse_rows[..., 0]
+    grid = _Grid(q, k, v, selection)
+    out, lse = torch.empty_like(grid.q), grid.q.new_empty(*grid.q.shape[:2], 1)
+    for batch in _batches(grid):
+        rows = grid.q[batch.items].mul_(scale * _LOG2E)
+        outs, lses = torch.empty_like(rows), rows.new_empty(*rows.shape[:2], 1)
+        for step in batch.steps():
+            keys = grid.gather("keys", grid.k, batch.blocks[step])
+            values = grid.gather("values", grid.v, batch.blocks[step])
+            logits = grid.buffer("logits", len(keys), rows.shape[1], keys.shape[1])
+            torch.bmm(rows[step], keys.transpose(1, 2), out=logits)
+            logits[:, :, batch.whole :] += batch.mask[step]
+            largest = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(largest).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            outs[step] = torch.bmm(weights, values).div_(total)
+            lses[step] = largest.add_(total.log2_())
+        out[batch.items], lse[batch.items] = outs, lses.div_(_LOG2E)
+    return grid.rows(out).to(q.dtype), grid.rows(lse)[..., 0]
 
 
 def backward(
@@ -72,87 +123,77 @@ def backward(
     selection: Selection,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    plan, groups, heads = selection.plan, q.shape[1] // k.shape[1], k.shape[1]
-    tiles, grads, outs = (_flat(query_tiles(x, plan, groups)) for x in (q, grad_out, out))
-    lses = _flat(query_tiles(lse[..., None], plan, groups))[..., 0]
-    key_grid = key_blocks(k, plan)
-    keys, values = _flat(key_grid), _flat(key_blocks(v, plan))
-    grad_tiles = torch.zeros_like(tiles)
-    # Sums over many tiles: kept in float32 even where the inputs are shorter.
-    sums = torch.promote_types(q.dtype, torch.float32)
-    grad_keys, grad_values = torch.zeros_like(keys, dtype=sums), torch.zeros_like(values, dtype=sums)
-    for chunk in _chunks(selection, groups, q):
-        for blocks, mask in chunk.parts:
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grads[chunk.items][None],
-                tiles[chunk.items][None],
-                _gather(keys, blocks),
-                _gather(values, blocks),
-                outs[chunk.items][None],
-                lses[chunk.items][None],
-                0.0,
-                False,
-                attn_mask=mask,
-                scale=scale,
-            )
-            grad_tiles[chunk.items] += dq[0]
-            grad_keys.index_add_(0, blocks.flatten(), dk.reshape(-1, *keys.shape[1:]).to(sums))
-            grad_values.index_add_(0, blocks.flatten(), dv.reshape(-1, *values.shape[1:]).to(sums))
+    """Gradients of q, k and v.
+
+    Logits stand transposed, [keys, rows]: in this layout no product but the small dQ reads a transposed
+    left operand, which PyTorch's matrix library takes a third longer for.
+    """
+    grid = _Grid(q, k, v, selection)
+    grads = grid.tiles(grad_out)
+    deltas = grid.tiles((out.to(grid.dtype) * grad_out).sum(-1, keepdim=True)).transpose(1, 2)
+    shifts = grid.tiles(lse[..., None]).mul_(_LOG2E).transpose(1, 2)
+    dq, dk, dv = torch.empty_like(grid.q), torch.zeros_like(grid.k), torch.zeros_like(grid.v)
+    for batch in _batches(grid):
+        rows, grad = grid.q[batch.items], grads[batch.items]
+        scaled, mask = rows * (scale * _LOG2E), batch.mask.transpose(1, 2)
+        shift, delta = shifts[batch.items], deltas[batch.items]
+        d_rows = torch.empty_like(rows)
+        for step in batch.steps():
+            blocks = batch.blocks[step].flatten()
+            keys = grid.gather("keys", grid.k, batch.blocks[step])
+            values = grid.gather("values", grid.v, batch.blocks[step])
+            shape = (*keys.shape[:2], rows.shape[1])
+            logits, d_logits = grid.buffer("logits", *shape), grid.buffer("d_logits", *shape)
+            d_keys = grid.buffer("d_keys", *keys.shape)
+
+            torch.bmm(keys, scaled[step].transpose(1, 2), out=logits)
+            logits[:, batch.whole :] += mask[step]
+            weights = logits.sub_(shift[step]).exp2_()
+            torch.bmm(weights, grad[step], out=d_keys)
+            dv.index_add_(0, blocks, d_keys.view(len(blocks), -1))
+
+            torch.bmm(values, grad[step].transpose(1, 2), out=d_logits)
+            d_logits.sub_(delta[step]).mul_(weights)
+            torch.bmm(d_logits, rows[step], out=d_keys)
+            dk.index_add_(0, blocks, d_keys.view(len(blocks), -1))
+            d_rows[step] = torch.bmm(keys.transpose(1, 2), d_logits).transpose(1, 2)
+        dq[batch.items] = d_rows
     return (
-        from_query_tiles(grad_tiles.view(heads, plan.tiles, *tiles.shape[1:]), plan, groups),
-        from_key_blocks(grad_keys.view(key_grid.shape), plan).to(k.dtype),
-        from_key_blocks(grad_values.view(key_grid.shape), plan).to(v.dtype),
+        grid.rows(dq.mul_(scale)).to(q.dtype),
+        grid.keys(dk.mul_(scale)).to(k.dtype),
+        grid.keys(dv).to(v.dtype),
     )
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(0, 1)
-
-
-def _gather(blocks: Tensor, index: Tensor) -> Tensor:
-    """blocks [A, block, D] at index [N, B] as [1, N, B * block, D]."""
-    return blocks.index_select(0, index.flatten()).view(1, len(index), -1, blocks.shape[-1])
-
-
-def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, other_lse)
-    mine, theirs = (lse - total).exp()[..., None], (other_lse - total).exp()[..., None]
-    return (out * mine + other_out * theirs).to(out.dtype), total
-
-
-def _chunks(selection: Selection, groups: int, q: Tensor) -> Iterator[_Chunk]:
+def _batches(grid: _Grid) -> Iterator[_Batch]:
     """All (head, tile) pairs, those of like lists together, in a fixed order."""
-    plan, heads = selection.plan, len(selection.columns)
+    plan, selection = grid.plan, grid.selection
     total_blocks = int(plan.first_block[-1])
     first_block = torch.from_numpy(plan.first_block[plan.document])
     shapes = np.stack([plan.full, np.diff(plan.offsets)], axis=1)
     for whole, size in np.unique(shapes, axis=0).tolist():
         tiles = torch.from_numpy(np.flatnonzero((shapes == (whole, size)).all(1)))
-        per_item = max(whole * plan.block * q.shape[-1] * q.element_size() * 2, 1)
-        count = max(_CHUNK_BYTES // per_item, 2)
-        items = (torch.arange(heads)[:, None] * plan.tiles + tiles).flatten()
-        for part in items.split(count):
+        columns_per_row = (size - whole) * plan.block + grid.q.shape[2]
+        row_bytes = grid.q.shape[1] * columns_per_row * grid.q.element_size()
+        items = (torch.arange(grid.heads)[:, None] * plan.tiles + tiles).flatten()
+        for part in items.split(max(_BATCH_BYTES // row_bytes, 1)):
             head, tile = part // plan.tiles, part % plan.tiles
             slots = selection.offsets[tile][:, None] + torch.arange(size)
             columns = selection.columns[head[:, None], slots].long()
             start = head * total_blocks + first_block[tile]
-            blocks = columns.clamp(min=0) + start[:, None]
-            parts: list[tuple[Tensor, Tensor | None]] = []
-            if whole:
-                parts.append((blocks[:, :whole], None))
-            if size > whole:
-                entry = selection.entry[head[:, None], slots[:, whole:]]
-                mask = _mask(selection, tile, columns[:, whole:], entry, groups, q.dtype)
-                parts.append((blocks[:, whole:], mask))
-            yield _Chunk(part, parts)
+            entry = selection.entry[head[:, None], slots[:, whole:]]
+            yield _Batch(
+                items=part,
+                # An empty slot gathers some block; its entry row hides it.
+                blocks=columns.clamp(min=0) + start[:, None],
+                whole=whole * plan.block,
+                mask=_mask(grid, tile, columns[:, whole:], entry),
+            )
 
 
-def _mask(
-    selection: Selection, tile: Tensor, columns: Tensor, entry: Tensor, groups: int, dtype: torch.dtype
-) -> Tensor:
-    """Additive mask [1, N, G * tile, B * block] of late and diagonal blocks."""
-    plan = selection.plan
+def _mask(grid: _Grid, tile: Tensor, columns: Tensor, entry: Tensor) -> Tensor:
+    """Additive mask [N, G * tile, B * block] of late and diagonal blocks."""
+    plan = grid.plan
     row = torch.arange(plan.tile)
     position = torch.from_numpy(plan.start)[tile][:, None] + row
     key = (columns[..., None] * plan.block + torch.arange(plan.block)).flatten(1)
@@ -160,5 +201,5 @@ def _mask(
     seen &= (row[:, None] >= entry[:, None, :]).repeat_interleave(plan.block, -1)
     # Padding rows past the document's end are dropped, but must not be empty.
     seen |= (row >= torch.from_numpy(plan.rows)[tile][:, None])[..., None]
-    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-    return bias.repeat(1, groups, 1)[None]
+    bias = torch.zeros(seen.shape, dtype=grid.dtype).masked_fill_(~seen, float("-inf"))
+    return bias.repeat(1, grid.groups, 1)

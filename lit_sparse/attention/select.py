@@ -20,7 +20,7 @@ from lit_sparse.attention.scores import RowScores, Scorer, get_scorer
 from lit_sparse.attention.selection import Selection
 from lit_sparse.budget import Budget
 
-_STRIP_BYTES = 64 * 2**20
+_STRIP_BYTES = 8 * 2**20
 """Row scores that exist at a time: rows are scored in strips of whole tiles."""
 
 _warned: set[tuple[Budget, int, int]] = set()

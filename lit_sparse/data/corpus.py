@@ -1,4 +1,4 @@
-"""Reads the documents of a corpus: the standard library's source, a file, a folder, or JSON lines."""
+"""Reads the documents of a corpus: Python's own source, a file, a folder, or JSON lines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TEXT_EXTENSIONS = frozenset(
-    ".txt .text .md .markdown .rst .org .tex .bib .html .htm .xml .csv .tsv .yaml .yml .toml .ini .cfg "
-    ".py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .js .jsx .ts .tsx .java .kt .go .rs .rb .php .pl "
-    ".lua .sh .sql .r .jl .scala .swift .m .hs .ml .lean .v .css".split()
-)
-"""Files of a folder that are read as one document each. A `.jsonl` file holds one document a line."""
+_TEXT = """
+.txt .text .md .markdown .rst .org .tex .bib .html .htm .xml .css .csv .tsv .yaml .yml .toml .ini
+.cfg .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .js .jsx .ts .tsx .java .kt .go .rs .rb .php
+.pl .lua .sh .sql .r .jl .scala .swift .m .hs .ml .lean .v
+"""
+TEXT_EXTENSIONS = frozenset(_TEXT.split())
+"""Files of a folder that are one document each. A `.jsonl` file holds one document a line."""
 
 EXAMPLES = 3
 """Names of skipped documents kept for each reason."""
@@ -55,8 +56,8 @@ class Corpus:
     Args:
         names: stable names: the path relative to the corpus, and "#line" (from 1) for JSON lines.
         texts: the documents, none of them empty.
-        skipped: what was not read. The reasons are "empty", "not UTF-8", "unreadable" (the operating
-            system refused), "broken JSON line" and "without text field".
+        skipped: what was not read. The reasons are "empty", "not UTF-8", "unreadable" (the
+            operating system refused), "broken JSON line" and "without text field".
     """
 
     names: list[str]
@@ -71,12 +72,12 @@ def read_corpus(path: str | Path, text_field: str = "text") -> Corpus:
     """Read all documents of a corpus into memory.
 
     Args:
-        path: "stdlib" for the source of the running interpreter's standard library (without its tests),
-            a folder (read recursively, hidden folders excepted; see `TEXT_EXTENSIONS`), or one file
-            of text or JSON lines. A folder that is called stdlib is "./stdlib".
+        path: "stdlib" for the source of the running interpreter's standard library (without its
+            tests), a folder (read recursively, hidden folders excepted; see `TEXT_EXTENSIONS`), or
+            one file of text or JSON lines. A folder that is called stdlib is "./stdlib".
         text_field: key of the text in a line of a `.jsonl` file.
 
-    What cannot be read is skipped, counted and warned about once.
+    What cannot be read is skipped, counted and, outside "stdlib", warned about once.
 
     Raises:
         ValueError: there is no such path, or no readable document; the message names `data.path`.
@@ -92,11 +93,12 @@ def read_corpus(path: str | Path, text_field: str = "text") -> Corpus:
                 corpus.skipped.add("empty", name)
     if not corpus.texts:
         raise ValueError(
-            f"data.path = {str(path)!r} holds no readable document ({corpus.skipped}); read are .jsonl "
-            f"files with the text under {text_field!r} (data.text_field) and text files that end in "
-            + " ".join(sorted(TEXT_EXTENSIONS))
+            f"data.path = {str(path)!r} holds no readable document ({corpus.skipped}); read are "
+            f".jsonl files with the text under {text_field!r} (data.text_field) and text files "
+            "that end in " + " ".join(sorted(TEXT_EXTENSIONS))
         )
-    if corpus.skipped.total:
+    # Nobody can mend the standard library, so its empty files are not worth a warning.
+    if corpus.skipped.total and path != "stdlib":
         from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
         rank_zero_warn(f"data.path = {str(path)!r}: {len(corpus)} documents read, {corpus.skipped}")
@@ -115,12 +117,13 @@ def _files(path: Path) -> tuple[Path, list[str]]:
     if path.exists():
         return path.parent, [path.name]
     raise ValueError(
-        f"data.path = {str(path)!r} does not exist; give a folder, a file, or 'stdlib' (Python's own source)"
+        f"data.path = {str(path)!r} does not exist; give a folder, a file, or 'stdlib' "
+        "(Python's own source)"
     )
 
 
 def _walk(root: Path, extensions: set[str] | frozenset[str], apart: set[str]) -> list[str]:
-    """Relative posix paths, sorted as strings, so that the order is the same on every file system."""
+    """Relative posix paths, sorted, so that the order is the same on every file system."""
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows import FILLER, RowIndex, count_fixed_rows, fixed_rows
@@ -33,20 +34,20 @@ def pack(
         store: the documents of the row index.
         rows: the row index.
         row: number of the row.
-        passkey: planted in a piece with probability `fraction`; drawn from (seed, row, number of the
-            piece), so that a row is the same whoever assembles it.
+        passkey: planted in a piece with probability `fraction`; drawn from (seed, row, number of
+            the piece), so that a row is the same whoever assembles it.
         fraction: in [0, 1].
         seed: not negative.
 
     Returns:
-        input_ids, position_ids (from 0 in each piece) and labels (the next token of the same piece, or
-        -100: already shifted), int64 [1, row_tokens] each.
+        input_ids, position_ids (from 0 in each piece) and labels (the next token of the same piece,
+        or -100: already shifted), int64 [1, row_tokens] each.
     """
     ids = np.empty(rows.row_tokens, dtype=np.int64)
     positions = np.empty_like(ids)
     labels = np.full_like(ids, IGNORED)
     at = 0
-    for number, (document, start, length) in enumerate(zip(*rows.pieces(row))):
+    for number, (document, start, length) in enumerate(zip(*rows.pieces(row), strict=True)):
         piece = slice(at, at + length)
         if document == FILLER:
             ids[piece] = store.eos_id
@@ -66,7 +67,7 @@ def pack(
 
 
 class TrainingRows(Dataset[Batch]):
-    """Row number -> batch, with `step_tokens`, the loss tokens of the row's whole optimizer step."""
+    """Row number -> batch. `step_tokens` is of the whole optimizer step that the row belongs to."""
 
     def __init__(
         self,
@@ -91,15 +92,16 @@ class TrainingRows(Dataset[Batch]):
 class TrainingSampler(Sampler[int]):
     """Row numbers of one rank, step by step from `start_step` to the end of the run.
 
-    Step s is the rows from `s * rows_per_step` on, of which rank r of W takes a run of `rows_per_step / W`.
+    Step s is the rows from `s * rows_per_step` on, of which rank r of W takes a run of
+    `rows_per_step / W`.
 
     Args:
         rows: rows of the run.
         rows_per_step: rows of an optimizer step, a multiple of `world`.
         rank, world: this rank and the number of data-parallel ranks.
         start_step: optimizer steps that are done.
-        counted: batches of steps done that the length still counts (Lightning compares its counter of
-            batches, which a resumed run restores, with the length of the loader).
+        counted: batches of steps done that the length still counts (Lightning compares its counter
+            of batches, which a resumed run restores, with the length of the loader).
     """
 
     def __init__(
@@ -152,10 +154,10 @@ class ValidationRows(Dataset[Batch]):
 
 
 class ValidationSampler(Sampler[tuple[int, int]]):
-    """Keys of `ValidationRows` for one rank, at the length that `length()` gives when a pass starts.
+    """Keys of `ValidationRows` for one rank, at the `length()` of the moment when a pass starts.
 
-    It lives in the main process, so a change of length reaches workers that run already. Every rank gets
-    as many rows; what is left over is dropped.
+    It lives in the main process, so a change of length reaches workers that run already. Every rank
+    gets as many rows; what is left over is dropped.
     """
 
     def __init__(self, rows: int, length: Callable[[], int], rank: int = 0, world: int = 1) -> None:
@@ -168,3 +170,17 @@ class ValidationSampler(Sampler[tuple[int, int]]):
         length = self.length()
         for row in range(self.rank * self.share, (self.rank + 1) * self.share):
             yield length, row
+
+
+class RowLoader(DataLoader[Batch]):
+    """A data loader whose place is the optimizer step: it has no state of its own to save.
+
+    It says so by the two methods that Lightning looks for before it warns, when a run resumes, that
+    the loader would start over.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

@@ -1,7 +1,8 @@
 """The planted passkey: a number stated somewhere in a long text and asked for at its end.
 
-Source of the task: Mohtashami and Jaggi, "Landmark Attention" (arXiv 2305.16300), section 4.2. Here it also
-goes into training documents, so that there is something to learn that only far attention can answer.
+Source of the task: Mohtashami and Jaggi, "Landmark Attention" (arXiv 2305.16300). Here
+it also goes into training documents, so that there is something to learn that only far attention
+can answer.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from lit_sparse.data.tokenizer import Tokenizer
 class Passkey:
     """A passkey in the tokens of one tokenizer.
 
-    A statement is `prefix`, the answer and `suffix`; the question is `prefix` once more, and the answer
-    follows it. The answer is encoded digit by digit, every digit with `separator` before it, and all ten
-    digits must take equally many tokens: so all answers have the same length in tokens, and the tokens
-    of the answer are the same in the statement and after the question.
+    A statement is `prefix`, the answer and `suffix`; the question is `prefix` once more, and the
+    answer follows it. The answer is encoded digit by digit, every digit with `separator` before it,
+    and all ten digits must take equally many tokens: so all answers have the same length in tokens,
+    and the tokens of the answer are the same in the statement and after the question.
 
     Args:
         tokenizer: encodes the texts; not kept.
         prefix: text before the key, in the statement and in the question.
         digits: digits of a key.
         suffix: text after the key of a statement.
-        separator: text before each digit. None chooses nothing if the tokenizer takes digits apart by
-            itself (bytes, Llama 2, Qwen), else a space (GPT-2, Llama 3 join up to three digits).
+        separator: text before each digit. None chooses nothing if the tokenizer takes digits apart
+            by itself (bytes, Qwen), else a space (GPT-2, Llama 3 join up to three digits).
         recalls: how often the statement is repeated between itself and the question.
 
     Raises:
@@ -59,8 +60,9 @@ class Passkey:
         sizes = {len(ids) for ids in self._digit_ids}
         if len(sizes) > 1 or 0 in sizes:
             raise ValueError(
-                f"passkey.separator = {self.separator!r}: the ten digits take {sorted(sizes)} tokens with "
-                "this tokenizer; choose a separator with which all take the same number"
+                f"passkey.separator = {self.separator!r}: the ten digits take "
+                f"{sorted(sizes)} tokens with this tokenizer; choose a separator with which "
+                "all take the same number"
             )
         self._prefix_ids = tokenizer.encode(self.prefix)
         self._suffix_ids = tokenizer.encode(self.suffix)
@@ -84,9 +86,9 @@ class Passkey:
         """A copy of a piece with the task in it: same length, text overwritten.
 
         The statement stands at a random place inside the first three quarters, the question and its
-        answer at the end, so that the last `answer_tokens` tokens are the answer. `recalls` statements
-        more stand at random places between the two, as many as fit. A piece shorter than `shortest`
-        comes back as it is.
+        answer at the end, so that the last `answer_tokens` tokens are the answer. `recalls`
+        statements more stand at random places between the two, as many as fit. A piece shorter than
+        `shortest` comes back as it is.
         """
         n = len(tokens)
         if n < self.shortest:
@@ -111,7 +113,7 @@ class Passkey:
         return planted
 
     def depths(self, count: int) -> np.ndarray:
-        """Where `prompts` puts its statements: the middles of `count` equal parts of the text, in (0, 1)."""
+        """Where `prompts` puts statements: the middles of `count` equal parts, in (0, 1)."""
         return (np.arange(count) + 0.5) / count
 
     def prompts(
@@ -139,7 +141,8 @@ class Passkey:
         text_tokens = length - self.statement_tokens - self.question_tokens
         if text_tokens < 0:
             raise ValueError(
-                f"a passkey prompt needs at least {length - text_tokens} tokens, got length = {length}"
+                f"a passkey prompt needs at least {length - text_tokens} tokens, got "
+                f"length = {length}"
             )
         ids = np.empty((count, length), dtype=np.int64)
         answers = np.empty((count, self.answer_tokens), dtype=np.int64)
@@ -147,10 +150,9 @@ class Passkey:
             text = _text(store, text_tokens, rng)
             answers[i] = self.answer(rng)
             cut = round(float(depth) * text_tokens)
-            ids[i] = np.concatenate(
-                [text[:cut], self._prefix_ids, answers[i], self._suffix_ids]
-                + [text[cut:], self._prefix_ids, answers[i]]
-            )
+            statement = [self._prefix_ids, answers[i], self._suffix_ids]
+            question = [self._prefix_ids, answers[i]]
+            ids[i] = np.concatenate([text[:cut], *statement, text[cut:], *question])
         return ids, length - self.answer_tokens, answers
 
 
@@ -173,8 +175,8 @@ def _text(store: TokenStore, tokens: int, rng: np.random.Generator) -> np.ndarra
         return store.tokens[start : start + tokens]
     if sizes.sum() < tokens:
         raise ValueError(
-            f"a passkey prompt needs {tokens} tokens of text, but the documents hold {int(sizes.sum())}; "
-            "ask for a shorter length or add documents"
+            f"a passkey prompt needs {tokens} tokens of text, but the documents hold "
+            f"{int(sizes.sum())}; ask for a shorter length or add documents"
         )
     parts: list[np.ndarray] = []
     missing = tokens

@@ -1,7 +1,8 @@
 """The row index: which pieces of which documents stand in which row of the run.
 
-All rows are decided at once, from document lengths, the curriculum and a seed. Nothing is drawn while the
-run goes on, so the batch of an optimizer step is a look-up, whatever the ranks, workers or restarts.
+All rows are decided at once, from document lengths, the curriculum and a seed. Nothing is drawn
+while the run goes on, so the batch of an optimizer step is a look-up, whatever the ranks, workers
+or restarts.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class RowIndex:
         return self.documents[at], self.starts[at], self.lengths[at]
 
     def step_tokens(self, step: int) -> int:
-        """Loss tokens of the whole optimizer step `step` (from 0), over all ranks and accumulations."""
-        return int(self.loss_tokens[step * self.rows_per_step : (step + 1) * self.rows_per_step].sum())
+        """Loss tokens of the optimizer step `step` (from 0), over all ranks and accumulations."""
+        return int(
+            self.loss_tokens[step * self.rows_per_step : (step + 1) * self.rows_per_step].sum()
+        )
 
     def full_share(self, length: int, rows: slice = slice(None)) -> float:
         """Share of the tokens of some rows that stand in a piece of at least `length` tokens."""
@@ -71,11 +74,11 @@ class RowIndex:
     ) -> RowIndex:
         """All `curriculum.total_steps * rows_per_step` rows of a run: concatenate and cut.
 
-        The documents stand one after the other in a shuffled order, a new one in every epoch, and row r
-        is the tokens `r * row_tokens` up to `(r + 1) * row_tokens` of that stream. So a row is always
-        full and no token is left out. What stands of a document in a row is cut into pieces of the
-        length of the row's stage, the last one shorter; every piece is a document of its own. Which
-        tokens a row holds does not depend on the curriculum, only how they are cut.
+        The documents stand one after the other in a shuffled order, a new one in every epoch, and
+        row r is the tokens `r * row_tokens` up to `(r + 1) * row_tokens` of that stream. So a row
+        is always full and no token is left out. What stands of a document in a row is cut into
+        pieces of the length of the row's stage, the last one shorter; every piece is a document of
+        its own. Which tokens a row holds does not depend on the curriculum, only how they are cut.
 
         Args:
             lengths: tokens of each document [documents].
@@ -93,9 +96,10 @@ class RowIndex:
         for i, stage in enumerate(curriculum.stages):
             if stage.length > longest:
                 raise ValueError(
-                    f"curriculum.stages[{i}].length = {stage.length} tokens, but the longest training "
-                    f"document of data.path has {longest} (the corpus {corpus} in all), so the stage "
-                    "would not train longer contexts; shorten it or add longer documents"
+                    f"curriculum.stages[{i}].length = {stage.length} tokens, but the longest "
+                    f"training document of data.path has {longest} (the corpus {corpus} in all), "
+                    "so the stage would not train longer contexts; shorten it or add longer "
+                    "documents"
                 )
         rows = curriculum.total_steps * rows_per_step
         total = rows * row_tokens
@@ -103,7 +107,10 @@ class RowIndex:
         # The stream of documents, as far as the run reads it.
         epochs = -(-total // corpus)
         order = np.concatenate(
-            [np.random.default_rng((seed, epoch)).permutation(len(lengths)) for epoch in range(epochs)]
+            [
+                np.random.default_rng((seed, epoch)).permutation(len(lengths))
+                for epoch in range(epochs)
+            ]
         )
         order = order[lengths[order] > 0]
         begins = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
@@ -166,19 +173,22 @@ def count_fixed_rows(lengths: np.ndarray, row_tokens: int, rows: int) -> int:
 def fixed_rows(lengths: np.ndarray, length: int, row_tokens: int, rows: int, seed: int) -> RowIndex:
     """Rows to validate on at one context length. No token stands in them twice.
 
-    Pieces of the full length come first, drawn over all documents that are long enough; what room they
-    leave is taken by the longest of the other pieces. If the documents hold fewer tokens than one row, it
-    is filled up with `FILLER`, which carries no label.
+    Pieces of the full length come first, drawn over all documents that are long enough; what room
+    they leave is taken by the longest of the other pieces. If the documents hold fewer tokens than
+    one row, it is filled up with `FILLER`, which carries no label.
 
     Args:
         lengths: tokens of each document [documents].
         length: longest piece, in tokens; at most `row_tokens`.
         row_tokens: tokens of a row.
-        rows: how many rows at most; there are fewer (but one) if the documents do not hold as many tokens.
+        rows: how many rows at most; there are fewer (but one) if the documents do not hold as many
+            tokens.
         seed: of the choice; not negative.
     """
     if not 1 <= length <= row_tokens:
-        raise ValueError(f"validation_length must be in [1, row_tokens = {row_tokens}], got {length}")
+        raise ValueError(
+            f"validation_length must be in [1, row_tokens = {row_tokens}], got {length}"
+        )
     lengths = np.asarray(lengths, dtype=np.int64)
     rows = count_fixed_rows(lengths, row_tokens, rows)
 
@@ -188,7 +198,8 @@ def fixed_rows(lengths: np.ndarray, length: int, row_tokens: int, rows: int, see
     drawn = np.random.default_rng((seed, length)).permutation(len(document))
     # More full pieces than the rows could hold are of no use, and Python tuples are large.
     drawn = drawn[: rows * (row_tokens // length + 1)]
-    full = deque((int(d), int(n) * length, length) for d, n in zip(document[drawn], number[drawn]))
+    chosen = zip(document[drawn], number[drawn], strict=True)
+    full = deque((int(d), int(n) * length, length) for d, n in chosen)
     rest_length = lengths % length
     by_length = np.argsort(-rest_length, kind="stable")[: np.count_nonzero(rest_length)]
     by_length = by_length[: rows * row_tokens]

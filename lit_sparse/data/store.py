@@ -1,4 +1,4 @@
-"""The tokens of a corpus in one flat array, and the split by document into training and validation."""
+"""The tokens of a corpus in one flat array, and its split into training and validation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from lit_sparse.data.corpus import Corpus
 from lit_sparse.data.tokenizer import Tokenizer
 
-# Documents tokenised at once: enough to keep a parallel tokenizer busy, little enough that the Python
-# lists of ids it returns stay small.
+# Documents tokenised at once: enough to keep a parallel tokenizer busy, little enough that the
+# Python lists of ids it returns stay small.
 _BATCH = 256
 # Tokens counted at once: numpy widens them to int64 first.
 _COUNTED = 1 << 24
@@ -82,9 +82,9 @@ class TokenStore:
     def split(self, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
         """Training and validation documents, by a hash of the document's name.
 
-        A document's side depends on its own name only, so that a corpus may grow without moving others.
-        The exception is a corpus so small that one side would be empty: it gets the one document whose
-        hash is nearest.
+        A document's side depends on its own name only, so that a corpus may grow without moving
+        others. The exception is a corpus so small that one side would be empty: it gets the one
+        document whose hash is nearest.
 
         Args:
             fraction: share of the documents that is kept for validation, in (0, 1).
@@ -97,8 +97,8 @@ class TokenStore:
             raise ValueError(f"data.validation_fraction must be in (0, 1), got {fraction}")
         if len(self) < 2:
             raise ValueError(
-                f"data.path holds {len(self)} document(s), but training and validation are split by "
-                "document and need at least 2; cut the text into several files or JSON lines"
+                f"data.path holds {len(self)} document(s), but training and validation are split "
+                "by document and need at least 2; cut the text into several files or JSON lines"
             )
         places = np.array([_place(name, seed) for name in self.names])
         held_out = places < fraction
@@ -114,8 +114,8 @@ def unigram_bits(train: TokenStore, validation: TokenStore) -> float:
     """What a model without any context needs: bits per validation token under training frequencies.
 
     Cross entropy of the add-one smoothed unigram model; document ends do not count. With a byte
-    tokenizer this is bits per byte. A language model that stays above has learnt nothing. NaN if the
-    validation documents hold no token but their ends.
+    tokenizer this is bits per byte. A language model that stays above has learnt nothing. NaN if
+    the validation documents hold no token but their ends.
     """
     seen, asked = _counts(train), _counts(validation)
     smoothed = seen + 1.0
@@ -130,9 +130,7 @@ def unigram_bits(train: TokenStore, validation: TokenStore) -> float:
 def _counts(store: TokenStore) -> np.ndarray:
     counts = np.zeros(store.vocab_size, dtype=np.int64)
     for first in range(0, len(store.tokens), _COUNTED):
-        counts += np.bincount(
-            store.tokens[first : first + _COUNTED], minlength=store.vocab_size
-        )
+        counts += np.bincount(store.tokens[first : first + _COUNTED], minlength=store.vocab_size)
     counts[store.eos_id] = 0
     return counts
 

@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes (nothing to download) or a local Hugging Face directory, behind one interface."""
+"""Tokenizers: raw bytes (nothing to download) or a local Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 END_OF_DOCUMENT = "<|endoftext|>"
 
 CHUNK = 1 << 20
-"""Characters that a Hugging Face tokenizer gets at once; some take quadratic time (llm-foundry#1240)."""
+"""Characters a Hugging Face tokenizer gets at once: some hang on more (llm-foundry#1240)."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer. Ids are below `vocab_size`, `eos_id` is one of them."""
+    """What the package asks of a tokenizer. Ids, `eos_id` too, are below `vocab_size`."""
 
     @property
     def eos_id(self) -> int: ...
@@ -39,7 +39,7 @@ class ByteTokenizer:
     vocab_size = 257
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Bytes of the text as uint16 [bytes]. A lone surrogate, which UTF-8 cannot hold, becomes "?"."""
+        """Bytes of the text, uint16 [bytes]. A lone surrogate, no UTF-8, becomes "?"."""
         raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
@@ -79,7 +79,8 @@ class HFTokenizer:
         path: the directory.
 
     Raises:
-        ValueError: it is no tokenizer, or has no end-of-sequence token. The message names `data.tokenizer`.
+        ValueError: it is no tokenizer, or has no end-of-sequence token; the message names
+            `data.tokenizer`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,7 +90,9 @@ class HFTokenizer:
             self.inner: Any = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # transformers raises many kinds for a directory that is no tokenizer
+        except (
+            Exception
+        ) as error:  # transformers raises many kinds for a directory that is no tokenizer
             raise ValueError(f"data.tokenizer = {str(path)!r} cannot be loaded: {error}") from error
         if self.inner.eos_token_id is None:
             raise ValueError(
@@ -112,7 +115,7 @@ class HFTokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as int64. A special token spelled out in a text is text, not a control token."""
+        """Ids of each text, int64. A special token spelled out in a text is read as text."""
         chunks = [list(_chunks(text)) for text in texts]
         flat = [chunk for group in chunks for chunk in group]
         if not flat:
@@ -140,7 +143,8 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     """The tokenizer of a config: "bytes", or the path of a local Hugging Face directory.
 
     Raises:
-        ValueError: it is neither, or the directory cannot be loaded. The message names `data.tokenizer`.
+        ValueError: it is neither, or the directory cannot be loaded; the message names
+            `data.tokenizer`.
     """
     if name_or_dir == "bytes":
         return ByteTokenizer()
@@ -157,7 +161,7 @@ def _as_array(ids: Iterable[int]) -> np.ndarray:
 
 
 def _byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself if it can be seen, else one from 256."""
+    """The character that byte-level BPE writes for a byte: itself if visible, else one from 256."""
     visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     characters, spare = [], 256
     for byte in range(256):
@@ -170,7 +174,7 @@ def _byte_characters() -> list[str]:
 
 
 def _chunks(text: str) -> Iterable[str]:
-    """Pieces of a text, cut where a line ends and the next starts with a character that is no space.
+    """Pieces of a text, cut where a line ends and the next does not start with a space.
 
     Pre-tokenizers of byte-level BPE cut there anyway, so the ids do not change.
     """
