@@ -13,6 +13,9 @@ from lit_sparse.models.documents import Documents, in_backward
 from lit_sparse.models.state import NAME, LayerState, layer_state
 
 
+# Documents and plans are host arithmetic on the data of a batch, which torch.compile would trace in
+# pieces and again for every batch. It compiles the layers around this function instead.
+@torch.compiler.disable
 def sparse_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -68,10 +71,10 @@ def sparse_attention_forward(
         cu_seq_lens_q=cu_seq_lens_q,
         cu_seq_lens_k=cu_seq_lens_k,
     )
-    dtype = _compute_dtype(query, value)
-    q = _pack(query, documents.queries, dtype)
-    k = _pack(key, documents.keys, dtype)
-    v = _pack(value, documents.keys, dtype)
+    # Under autocast RoPE leaves queries and keys in float32 while values are in half precision.
+    q = _pack(query, documents.queries, value.dtype)
+    k = _pack(key, documents.keys, value.dtype)
+    v = _pack(value, documents.keys, value.dtype)
     # Autocast would round the operator's float32 sums to its own dtype.
     with torch.autocast(query.device.type, enabled=False):
         out = _attend(state, q, k, v, documents, scaling)
@@ -117,12 +120,6 @@ def _unpack(out: Tensor, indices: Tensor | None, batch: int, q_len: int) -> Tens
     if indices is not None:
         out = out.new_zeros(batch * q_len, *out.shape[1:]).index_copy(0, indices, out)
     return out.unflatten(0, (batch, q_len))
-
-
-def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    # Under autocast RoPE leaves queries and keys in float32 while the values are in half precision.
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
 def _refuse_unsupported(

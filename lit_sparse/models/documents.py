@@ -228,7 +228,7 @@ class _Entry:
         for mine, version, other in zip(self.sources, self.versions, sources, strict=True):
             if isinstance(mine, weakref.ref):
                 # The object itself, not its id: an id is used again once its tensor is gone.
-                if mine() is not other or version != _version(other):
+                if other is None or mine() is not other or version != _version(other):
                     return False
             elif mine != (other if other is None or isinstance(other, Tensor) else tuple(other)):
                 return False

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lit_sparse.models.support import _require_known
+from lit_sparse.models.support import require_known
 
 _COMMON = frozenset({"rope_type", "rope_theta"})
 _KEYS: dict[str, frozenset[str]] = {
@@ -54,7 +54,7 @@ _KEYS: dict[str, frozenset[str]] = {
 
 def rope_parameters(model: nn.Module) -> dict[str, Any]:
     """A copy of the model's RoPE parameters: rope_type, rope_theta and what the type needs."""
-    _require_known(model)
+    require_known(model)
     return copy.deepcopy(dict(_config(model).rope_parameters))
 
 
@@ -70,8 +70,7 @@ def set_rope(model: nn.Module, **parameters: Any) -> None:
             original_max_position_embeddings not given is what the config says.
 
     Raises:
-        ValueError: unknown rope_type or key, a key that the type does not read, one that it needs
-        and
+        ValueError: an unknown rope_type, a key that the type does not read, one that it needs and
             lacks, or a value out of range. The model is then unchanged.
     """
     current = rope_parameters(model)
@@ -103,19 +102,20 @@ def set_rope(model: nn.Module, **parameters: Any) -> None:
 def set_max_positions(model: nn.Module, n: int) -> None:
     """Set `config.max_position_embeddings`, the context that the model claims, to `n` tokens.
 
-    RoPE stays as it is. ValueError for the rope_type "dynamic", which scales by the ratio of the
-    context to max_position_embeddings and so would change with it.
+    RoPE stays as it is. ValueError where it would not: "dynamic" scales by the ratio of the context
+    to max_position_embeddings, "yarn" and "longrope" without a factor take it from there.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"max_position_embeddings must be a positive number of tokens, got {n!r}")
-    kind = rope_parameters(model)["rope_type"]
+    current = rope_parameters(model)
+    kind = current["rope_type"]
     config = _config(model)
     if n == config.max_position_embeddings:
         return
-    if kind == "dynamic":
+    if kind == "dynamic" or (kind in ("yarn", "longrope") and current.get("factor") is None):
         raise ValueError(
-            "rope_type 'dynamic' scales relative to max_position_embeddings: another value would "
-            "change the frequencies; choose another rope_type with set_rope first"
+            f"rope_type {kind!r} scales relative to max_position_embeddings here: another value "
+            "would change the frequencies; set a factor or another rope_type with set_rope first"
         )
     config.max_position_embeddings = n
     _install(model, _build_rotary(model, config))

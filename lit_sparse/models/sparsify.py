@@ -120,8 +120,7 @@ def law_of(model: nn.Module) -> Law:
 def set_dense(model: nn.Module, dense: bool) -> None:
     """Let every layer of a sparsified model see all keys, or obey the law again.
 
-    The switch is of this process (a dense stage of training); the law and the config keep what they
-    say.
+    The switch is of this process (a dense stage of training); law and config stay as they are.
     """
     _require_state(model).dense = dense
 
@@ -161,12 +160,12 @@ class Observation:
 
 
 def observe(model: nn.Module, fn: Observer, layers: Iterable[int] | None = None) -> Observation:
-    """Call `fn(layer, q, k, v, out, lse, selection, scale, documents)` after each sparse attention
-    call.
+    """Have a function called after each sparse attention call, with what went in and came out.
 
-    The tensors are packed and detached: q, out [T, Hq, D], k, v [Tk, Hkv, D], lse [T, Hq];
-    `documents` says which tokens belong together. When activation checkpointing computes a layer
-    again, nobody is called. Any number of observers may watch a model, in any order of ending.
+    The call is `fn(layer, q, k, v, out, lse, selection, scale, documents)`. The tensors are packed
+    and detached: q, out [T, Hq, D], k, v [Tk, Hkv, D], lse [T, Hq]; `documents` says which tokens
+    belong together. When activation checkpointing computes a layer again, nobody is called. Any
+    number of observers may watch a model, and end in any order.
 
     Args:
         model: a sparsified model.

@@ -36,18 +36,19 @@ def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
     Raises:
         ValueError: not a model whose layers are known.
     """
-    _require_known(model)
-    return [(layer.self_attn.layer_idx, layer.self_attn) for layer in _decoder(model).layers]
+    require_known(model)
+    decoder = cast(Any, model).base_model
+    return [(layer.self_attn.layer_idx, layer.self_attn) for layer in decoder.layers]
 
 
 def check_support(model: nn.Module) -> None:
     """Refuse a model that sparse attention would change in more than its budget.
 
     Raises:
-        ValueError: the model's type is not supported, it is not causal, or it has attention
-        dropout. NotImplementedError: a layer has a sliding window; layer and feature are named.
+        ValueError: the model is of another type, not causal, or has attention dropout.
+        NotImplementedError: a layer has a sliding window; layer and feature are named.
     """
-    _require_known(model)
+    require_known(model)
     config = cast(Any, model).config
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False: sparse attention is causal")
@@ -63,10 +64,10 @@ def check_support(model: nn.Module) -> None:
     names = layer_names(model)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
+    # Mistral has one window for all layers and no types.
+    everywhere = "full_attention" if window is None else "sliding_attention"
     for layer, _ in layers:
-        kind = (
-            types[layer] if types else "full_attention" if window is None else "sliding_attention"
-        )
+        kind = types[layer] if types else everywhere
         if kind != "full_attention":
             raise NotImplementedError(
                 f"{names[layer]} has {kind} (config.sliding_window={window}): sparse attention "
@@ -82,7 +83,8 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     return {layer: names[id(module)] for layer, module in attention_layers(model)}
 
 
-def _require_known(model: nn.Module) -> None:
+def require_known(model: nn.Module) -> None:
+    """ValueError unless this is a transformers model of a supported type."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -108,7 +110,3 @@ def _require_known(model: nn.Module) -> None:
         f"model_type {kind}{what} is not supported: sparse attention knows the causal language "
         f"models of type {', '.join(SUPPORTED)}"
     )
-
-
-def _decoder(model: nn.Module) -> Any:
-    return cast(Any, model).base_model

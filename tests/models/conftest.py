@@ -1,0 +1,57 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+KINDS = ("llama", "qwen2", "qwen3", "mistral")
+OVERRIDES = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny():
+    """Builds a random model: 2 layers, 4 query and 2 key-value heads of dimension 16."""
+
+    def build(kind="llama", seed=0, **config):
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            # The default scale gives logits so flat that wrong attention would pass.
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "bos_token_id": None,
+            **OVERRIDES.get(kind, {}),
+            **config,
+        }
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
+
+    return build
+
+
+@pytest.fixture
+def tokens():
+    """Random token ids [rows, length] without the padding token."""
+
+    def draw(rows, length, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, 97, (rows, length), generator=generator)
+
+    return draw

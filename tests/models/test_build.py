@@ -1,0 +1,80 @@
+"""build_model: a local directory or an architecture, and what is refused."""
+
+import pytest
+import torch
+
+from lit_sparse.models import build_model
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_architecture(kind):
+    torch.manual_seed(0)
+    model = build_model(architecture={"model_type": kind, **TINY, "rope_theta": 5e5})
+    assert model.config.model_type == kind
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+    assert model.dtype == torch.float32
+    torch.manual_seed(0)
+    again = build_model(architecture={"model_type": kind, **TINY, "rope_theta": 5e5})
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = build_model(architecture={"model_type": "llama", **TINY}, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path))
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+    assert build_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    # The config of a saved model is an architecture.
+    assert build_model(architecture=loaded.config.to_diff_dict()).config.hidden_size == 64
+
+
+def test_one_source():
+    with pytest.raises(ValueError, match=r"exactly one of model\.pretrained and model\.arch"):
+        build_model()
+    with pytest.raises(ValueError, match=r"exactly one of model\.pretrained and model\.arch"):
+        build_model("directory", {"model_type": "llama"})
+
+
+def test_directory_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pretrained: there is no directory.*meta-llama"):
+        build_model("meta-llama/Llama-3.1-8B")
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no config\.json"):
+        build_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no \*\.safetensors"):
+        build_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"hidden_size": 64}, "needs model_type"),
+        ({"model_type": "lama"}, "no model_type 'lama'.*llama"),
+        (
+            {"model_type": "llama", "num_layers": 2, "hiden_size": 64},
+            "LlamaConfig has no 'num_layers' .*, 'hiden_size' .*hidden_size",
+        ),
+        ({"model_type": "llama", "num_hidden_layer": 2}, "did you mean num_hidden_layers"),
+        ({"model_type": "llama", "temperature": 1.0}, "has no 'temperature'"),
+    ],
+)
+def test_architecture_refused(architecture, message):
+    with pytest.raises(ValueError, match=rf"model\.architecture.*{message}"):
+        build_model(architecture=architecture)
+
+
+def test_dtype_refused():
+    for dtype in ("int8", "float33", "nn"):
+        with pytest.raises(ValueError, match=rf"model\.dtype.*'{dtype}'"):
+            build_model(architecture={"model_type": "llama", **TINY}, dtype=dtype)

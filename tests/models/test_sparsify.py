@@ -1,0 +1,183 @@
+"""sparsify and unsparsify as a user sees them: config, checkpoints, errors."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lit_sparse.budget import Budget
+from lit_sparse.models import (
+    Law,
+    attention_layers,
+    dense_attention,
+    is_sparse,
+    law_of,
+    observe,
+    set_dense,
+    sparsify,
+    unsparsify,
+)
+
+BUDGET = Budget.fixed(96, sink=16, local=0.25)
+
+
+def test_checkpoint_remembers_the_law(kind, tiny, tokens, tmp_path):
+    layers = {1: Budget.fixed(64, sink=16, ceiling=64)}
+    model = sparsify(tiny(kind), BUDGET, layers=layers, block=16, tile=32, score="mean")
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["sparse_attention"]
+    assert stored["budget"]["alpha"] == 96
+    assert list(stored["layers"]) == ["1"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "sdpa"
+    assert not is_sparse(loaded)
+    ids = tokens(1, 200)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, tiny(kind)(ids).logits)
+        assert sparsify(loaded) is loaded
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert law_of(loaded) == Law(BUDGET, layers, block=16, tile=32, score="mean")
+
+
+def test_unsparsify_restores_the_model(kind, tiny, tokens):
+    model = tiny(kind)
+    config, weights = model.config.to_dict(), set(model.state_dict())
+    attributes = {layer: set(vars(module)) for layer, module in attention_layers(model)}
+    ids = tokens(2, 150)
+    with torch.no_grad():
+        before = model(ids).logits
+        sparsify(model, BUDGET, block=16)
+        assert set(model.state_dict()) == weights
+        assert not torch.equal(model(ids).logits, before)
+        assert unsparsify(model) is model
+        assert torch.equal(model(ids).logits, before)
+    assert model.config.to_dict() == config
+    assert {layer: set(vars(module)) for layer, module in attention_layers(model)} == attributes
+    assert not is_sparse(model)
+    unsparsify(model)
+
+
+def test_again_replaces_the_law(tiny, tokens):
+    model = sparsify(tiny(), BUDGET, layers={0: Budget.dense()}, block=16)
+    seen = []
+    with observe(model, lambda *s: seen.append(s[6].density)):
+        sparsify(model, Budget.dense(), block=32, tile=16)
+        model(tokens(1, 200))
+    assert seen == [1, 1]
+    assert law_of(model) == Law(Budget.dense(), {}, block=32, tile=16)
+    assert model.config.sparse_attention["layers"] == {}
+    # Without a budget the law is the one in the config, here the same again.
+    assert law_of(sparsify(model)) == Law(Budget.dense(), {}, block=32, tile=16)
+
+
+def test_base_model(tiny, tokens):
+    ids = tokens(1, 150)
+    whole, base = tiny(), tiny().model
+    sparsify(whole, BUDGET, block=16)
+    sparsify(base, BUDGET, block=16)
+    assert is_sparse(whole.model)
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
+def test_attention_layers(kind, tiny):
+    model = tiny(kind, num_hidden_layers=3, layer_types=None)
+    layers = attention_layers(model)
+    assert [layer for layer, _ in layers] == [0, 1, 2]
+    assert all(module is model.model.layers[layer].self_attn for layer, module in layers)
+
+
+def test_errors_name_what_to_do(tiny):
+    model = tiny()
+    with pytest.raises(ValueError, match=r"no sparse_attention.*pass a budget"):
+        sparsify(model)
+    with pytest.raises(ValueError, match=r"need a budget.*config\.sparse_attention"):
+        sparsify(model, block=16)
+    with pytest.raises(ValueError, match=r"\[2, 7\].*layers 0 to 1"):
+        sparsify(model, BUDGET, layers={0: BUDGET, 7: BUDGET, 2: BUDGET})
+    with pytest.raises(ValueError, match=r"layer numbers.*'1'"):
+        sparsify(model, BUDGET, layers={"1": BUDGET})
+    with pytest.raises(ValueError, match=r"layers\[1\] must be a Budget"):
+        sparsify(model, BUDGET, layers={1: 5})
+    with pytest.raises(ValueError, match="budget must be a Budget"):
+        sparsify(model, 16)
+    with pytest.raises(ValueError, match="block"):
+        sparsify(model, BUDGET, block=48)
+    with pytest.raises(ValueError, match="tile"):
+        sparsify(model, BUDGET, tile=0)
+    with pytest.raises(ValueError, match="score"):
+        sparsify(model, BUDGET, score="mas")
+    with pytest.raises(ValueError, match="score must be the name"):
+        sparsify(model, BUDGET, score=lambda *_: None)
+    assert not is_sparse(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model.config, "sparse_attention")
+
+
+def test_unreadable_law(tiny):
+    model = tiny(sparse_attention={"budget": {"alpha": 16.0, "gamma": 1}})
+    with pytest.raises(ValueError, match=r"config\.sparse_attention.*gamma"):
+        sparsify(model)
+    model.config.sparse_attention = {"block": 64}
+    with pytest.raises(ValueError, match=r"config\.sparse_attention.*budget"):
+        sparsify(model)
+
+
+def test_needs_a_sparse_model(tiny):
+    model = tiny()
+    for call in (law_of, lambda m: set_dense(m, True), lambda m: observe(m, print)):
+        with pytest.raises(ValueError, match="LlamaForCausalLM is not sparse"):
+            call(model)
+    with pytest.raises(ValueError, match="is not sparse"), dense_attention(model):
+        pass
+    with pytest.raises(ValueError, match=r"\[5\].*layers 0 to 1"):
+        observe(sparsify(model, BUDGET), print, layers=[0, 5])
+    assert not is_sparse(nn.Linear(2, 2))
+
+
+def test_name_without_a_law(tiny, tokens):
+    """The registered name alone, as `attn_implementation=` sets it."""
+    sparsify(tiny(), BUDGET)
+    model = tiny()
+    model.set_attn_implementation("lit_sparse")
+    assert not is_sparse(model)
+    with pytest.raises(ValueError, match=r"sparsify\(model, budget\)"):
+        model(tokens(1, 8))
+
+
+def test_features_that_appear_later(tiny, tokens):
+    """What a config gains after sparsify is refused by the layer that meets it."""
+    model = sparsify(tiny("mistral"), BUDGET)
+    model.config.sliding_window = 8
+    with pytest.raises(
+        NotImplementedError, match=r"model\.layers\.0\.self_attn.*sliding_window=8.*unsparsify"
+    ):
+        model(tokens(1, 20), use_cache=False)
+    model.config.sliding_window = None
+    model.train()
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(NotImplementedError, match=r"layers\.1\.self_attn.*attention_dropout=0\.0"):
+        model(tokens(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("feature", "value", "named"),
+    [
+        ("softcap", 50.0, "softcap=50.0"),
+        ("s_aux", torch.zeros(4), "s_aux"),
+        ("is_causal", False, "is_causal=False"),
+    ],
+)
+def test_features_of_other_layers(tiny, feature, value, named):
+    from lit_sparse.models.attention import sparse_attention_forward
+
+    module = sparsify(tiny(), BUDGET).model.layers[1].self_attn
+    q, kv = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    with pytest.raises(NotImplementedError, match=rf"layers\.1\.self_attn.*{named}"):
+        sparse_attention_forward(module, q, kv, kv, None, **{feature: value})
+    out, weights = sparse_attention_forward(module, q, kv, kv, None)
+    assert out.shape == (1, 8, 4, 16)
+    assert weights is None
