@@ -1,8 +1,8 @@
 """CPU backend: gathered tiles as small dense attentions, by batched matrix products.
 
 A tile's rows (its queries, of all heads of the group) against its kept keys are one small dense
-attention, and tiles with equally long lists are a batch of them. One tile a thread is in work at a time,
-so that its logits stay in that core's cache from one product to the next. Logits are in units of log 2,
+attention, and tiles with equally long lists are a batch of them. Few tiles a thread are in work at a time, so
+that their logits stay in that core's cache from one product to the next. Logits are in units of log 2,
 because exp2 costs a quarter of exp in PyTorch's CPU kernels. Only the last keys of a list, those of the
 late and diagonal blocks, need a mask.
 """
@@ -22,8 +22,11 @@ from lit_sparse.attention.selection import Selection
 
 _LOG2E = math.log2(math.e)
 
+_CACHED_LOGITS = 2**17
+"""Logits of one thread that stay in its core's cache from one product to the next."""
+
 _BATCH_BYTES = 8 * 2**20
-"""Masks and rows that are prepared at a time, for many steps of one tile a thread."""
+"""Masks and rows that are prepared at a time, for many steps of a few tiles."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class _Batch:
     whole: int
     mask: Tensor
 
-    def steps(self) -> Iterator[slice]:
-        size = torch.get_num_threads()
+    def steps(self, rows: int, keys: int) -> Iterator[slice]:
+        """As many tiles as the caches of all threads hold the logits of; at least one a thread."""
+        size = torch.get_num_threads() * max(_CACHED_LOGITS // (rows * keys), 1)
         return (slice(i, i + size) for i in range(0, len(self.items), size))
 
 
@@ -98,7 +102,7 @@ def forward(
     for batch in _batches(grid):
         rows = grid.q[batch.items].mul_(scale * _LOG2E)
         outs, lses = torch.empty_like(rows), rows.new_empty(*rows.shape[:2], 1)
-        for step in batch.steps():
+        for step in batch.steps(rows.shape[1], batch.blocks.shape[1] * grid.plan.block):
             keys = grid.gather("keys", grid.k, batch.blocks[step])
             values = grid.gather("values", grid.v, batch.blocks[step])
             logits = grid.buffer("logits", len(keys), rows.shape[1], keys.shape[1])
@@ -138,7 +142,7 @@ def backward(
         scaled, mask = rows * (scale * _LOG2E), batch.mask.transpose(1, 2)
         shift, delta = shifts[batch.items], deltas[batch.items]
         d_rows = torch.empty_like(rows)
-        for step in batch.steps():
+        for step in batch.steps(rows.shape[1], batch.blocks.shape[1] * grid.plan.block):
             blocks = batch.blocks[step].flatten()
             keys = grid.gather("keys", grid.k, batch.blocks[step])
             values = grid.gather("values", grid.v, batch.blocks[step])

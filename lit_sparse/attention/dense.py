@@ -35,7 +35,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -
             lses.append(lse.transpose(1, 2).reshape(count * queries, q.shape[1]))
         q_begin, k_begin = q_end, k_end
     if not outs:
-        return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
+        # Of no rows, but part of the graph as ever.
+        empty = q + 0 * (k.sum() + v.sum())
+        return empty, empty.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.cat(outs), torch.cat(lses)
 
 

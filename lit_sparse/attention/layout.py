@@ -36,7 +36,7 @@ def from_pieces(pieces: Tensor, boundaries: tuple[int, ...], first: Ints) -> Ten
     if all(b % size == 0 for b in boundaries):
         return pieces.permute(1, 2, 0, 3).reshape(total, heads, dim)
     x = pieces.new_empty(total, heads, dim)
-    rows = pieces.view(heads, -1, dim)
+    rows = pieces.reshape(heads, -1, dim)
     for document, (begin, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
         at = int(first[document]) * size
         x[begin:end] = rows[:, at : at + end - begin].transpose(0, 1)

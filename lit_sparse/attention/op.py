@@ -43,7 +43,8 @@ def sparse_attention(
     _check(q, k, v, selection, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return reference.attention(q, k, v, selection, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attention(q, k, v, selection, scale)
     if backend is None and selection.keeps_everything:
         out, lse = dense_attention(q, k, v, selection.plan, scale)
         return out, lse.detach()
@@ -55,7 +56,9 @@ class _SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = cpu.forward(q, k, v, selection, scale)
+        # Autocast would round single products to bfloat16.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = cpu.forward(q, k, v, selection, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.selection, ctx.scale = selection, scale
         ctx.mark_non_differentiable(lse)
@@ -64,7 +67,8 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = cpu.backward(grad_out, *ctx.saved_tensors, ctx.selection, ctx.scale)
+        with torch.autocast(grad_out.device.type, enabled=False):
+            grads = cpu.backward(grad_out, *ctx.saved_tensors, ctx.selection, ctx.scale)
         return *grads, None, None
 
 

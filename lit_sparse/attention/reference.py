@@ -86,7 +86,8 @@ def _select_document(
         slots = size - len(always)
         late = math.floor(late_share * slots)
         rows = [*range(max(first - tile, 0), first), first]
-        needed = [sum(float(masses(row)[b]) for row in rows) if b < t0 // block else 0.0 for b in candidates]
+        recent = [masses(row).tolist() for row in rows]
+        needed = [sum(mass[b] for mass in recent) for b in candidates]
         base = _best(candidates, needed, slots - late)
 
         entries = {b: 0 for b in [*always, *base]}

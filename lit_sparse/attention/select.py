@@ -60,13 +60,16 @@ def select(
     Raises:
         ValueError: shapes, boundaries, block, tile or score do not fit; the message names the argument.
     """
+    _check_tensors(q, k)
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget must be a Budget, such as Budget.fixed(1024), got {budget!r}")
     queries = _boundaries("cu_seqlens", cu_seqlens, q.shape[0])
     if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(
             f"k has {k.shape[0]} tokens and q {q.shape[0]}: give cu_seqlens_k where they differ"
         )
     keys = queries if cu_seqlens_k is None else _boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    _check(q, k, queries, keys, block, tile)
+    _check(queries, keys, block, tile)
     scorer = get_scorer(score)
 
     groups = q.shape[1] // k.shape[1]
@@ -84,11 +87,13 @@ def select(
         )
 
     heads = k.shape[1]
-    columns = plan.columns.to(q.device).expand(heads, -1).contiguous()
+    columns = plan.columns.to(q.device).repeat(heads, 1)  # a copy: the plan is shared
     entry = torch.zeros_like(columns)
     if not plan.keeps_everything:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        base, late, late_entry = _choose(q, k, plan, scorer, scale)
+        # Autocast would round the scores to bfloat16.
+        with torch.autocast(q.device.type, enabled=False):
+            base, late, late_entry = _choose(q, k, plan, scorer, scale)
         columns[:, plan.base_slots.to(q.device)] = base
         columns[:, plan.late_slots.to(q.device)] = late
         entry[:, plan.late_slots.to(q.device)] = late_entry
@@ -230,8 +235,10 @@ def _ask(
 def _boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, total)
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    bounds = tuple(int(b) for b in values)
+    bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    if not all(isinstance(b, (int, np.integer)) for b in bounds):
+        raise ValueError(f"{name} must be a flat sequence of whole numbers, got {cu_seqlens!r}")
+    bounds = tuple(int(b) for b in bounds)
     if not bounds or bounds[0] != 0 or bounds[-1] != total:
         ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "empty"
         raise ValueError(f"{name} must run from 0 to the {total} tokens given, got {ends}")
@@ -240,9 +247,7 @@ def _boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int
     return bounds
 
 
-def _check(
-    q: Tensor, k: Tensor, queries: tuple[int, ...], keys: tuple[int, ...], block: int, tile: int | None
-) -> None:
+def _check_tensors(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 3 or not x.is_floating_point():
             raise ValueError(f"{name} must be floating [tokens, heads, head_dim], got {_describe(x)}")
@@ -254,6 +259,9 @@ def _check(
         raise ValueError(
             f"the {k.shape[1]} heads of k must divide the {q.shape[1]} heads of q (grouped-query attention)"
         )
+
+
+def _check(queries: tuple[int, ...], keys: tuple[int, ...], block: int, tile: int | None) -> None:
     check_power_of_two("block", block)
     if tile is not None:
         check_power_of_two("tile", tile)

@@ -190,7 +190,7 @@ class Selection:
             return seen & (column >= 0) & (key <= start[t] + q_idx % tile)
 
         def ordered(flag: Tensor) -> tuple[Tensor, Tensor]:
-            indices = flag.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)
+            indices = flag.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
             return flag.sum(-1, dtype=torch.int32)[None], indices[None]
 
         return BlockMask.from_kv_blocks(
@@ -205,7 +205,7 @@ class Selection:
         """The lists by key block, stable: the tiles of a block in ascending order."""
         blocks = int(self.plan.first_block[-1])
         target = torch.where(self.slot_block < 0, blocks, self.slot_block)
-        order = target.argsort(-1, stable=True)
+        order = target.argsort(dim=-1, stable=True)
         counts = torch.zeros(len(target), blocks + 1, dtype=torch.int64, device=target.device)
         counts.scatter_add_(1, target, torch.ones_like(target))
         offsets = torch.cat([torch.zeros_like(counts[:, :1]), counts[:, :blocks].cumsum(1)], dim=1)

@@ -19,7 +19,7 @@ from lit_sparse.data.loading import (
 )
 from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows import RowIndex
-from lit_sparse.data.store import TokenStore, unigram_bits
+from lit_sparse.data.store import TokenStore, bytes_per_token, unigram_bits
 from lit_sparse.data.tokenizer import Tokenizer, load_tokenizer
 from lit_sparse.training.curriculum import Curriculum
 
@@ -105,6 +105,7 @@ class PackedTextDataModule(LightningDataModule):
         self._skipped = Skipped()
         self._rows: RowIndex | None = None
         self._unigram_bits: float | None = None
+        self._bytes_per_token: float | None = None
 
     # -- what there is --
 
@@ -147,6 +148,17 @@ class PackedTextDataModule(LightningDataModule):
         if self._unigram_bits is None:
             self._unigram_bits = unigram_bits(self.train_store, self.validation_store)
         return self._unigram_bits
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the validation text / its tokens (document ends not counted); 1.0 for bytes."""
+        if self._bytes_per_token is None:
+            self._bytes_per_token = bytes_per_token(self.validation_store, self.text_tokenizer)
+        return self._bytes_per_token
+
+    @property
+    def unigram_bits_per_byte(self) -> float:
+        return self.unigram_bits / self.bytes_per_token
 
     def describe(self) -> str:
         """What was read, and how much of each stage is as long as the stage asks for."""

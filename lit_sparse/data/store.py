@@ -127,6 +127,17 @@ def unigram_bits(train: TokenStore, validation: TokenStore) -> float:
     return float((asked[used] * bits).sum() / asked.sum())
 
 
+def bytes_per_token(store: TokenStore, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of the store's text / its tokens, over at most the first 2^20 tokens; NaN if empty.
+
+    Document ends do not count. Bits per token over this are bits per byte, which compare across
+    tokenizers.
+    """
+    tokens = store.tokens[: 1 << 20]
+    text = tokens[tokens != store.eos_id]
+    return len(tokenizer.decode(text).encode()) / len(text) if len(text) else float("nan")
+
+
 def _counts(store: TokenStore) -> np.ndarray:
     counts = np.zeros(store.vocab_size, dtype=np.int64)
     for first in range(0, len(store.tokens), _COUNTED):

@@ -1,0 +1,23 @@
+"""Lightning callbacks: the plugin itself, the curriculum, the monitors, and what a run leaves behind."""
+
+from lit_sparse.callbacks.collapse import CollapseMonitor
+from lit_sparse.callbacks.curriculum import ContextCurriculum
+from lit_sparse.callbacks.dense_gap import DenseGapMonitor
+from lit_sparse.callbacks.export import HuggingFaceExport
+from lit_sparse.callbacks.passkey import PasskeyEval
+from lit_sparse.callbacks.progress import SparseProgressBar
+from lit_sparse.callbacks.sparse_attention import SparseAttention
+from lit_sparse.callbacks.stage_report import StageReport
+from lit_sparse.callbacks.throughput import Throughput
+
+__all__ = [
+    "CollapseMonitor",
+    "ContextCurriculum",
+    "DenseGapMonitor",
+    "HuggingFaceExport",
+    "PasskeyEval",
+    "SparseAttention",
+    "SparseProgressBar",
+    "StageReport",
+    "Throughput",
+]

@@ -1,0 +1,70 @@
+"""Does the model still find what it was told far back? Passkey retrieval at the stage's length."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lit_sparse.callbacks.common import transformers_models
+from lit_sparse.data import PackedTextDataModule
+
+
+class PasskeyEval(Callback):
+    """After each validation, ask for a passkey planted in validation text of the stage's full length.
+
+    Logs `passkey/teacher_forced` (share of prompts whose answer tokens are all the model's first
+    choice, given the ones before), `passkey/token_accuracy` (share of answer tokens), and
+    `passkey/generated` (share of answers that greedy generation with the cache gives exactly). Needs a
+    `PackedTextDataModule`.
+
+    Args:
+        prompts: prompts, at evenly spaced depths.
+        generate: whether to generate too.
+        seed: of texts and keys; the same prompts each time at one length.
+    """
+
+    def __init__(self, prompts: int = 8, generate: bool = True, seed: int = 0) -> None:
+        if prompts < 1:
+            raise ValueError(f"PasskeyEval prompts must be >= 1, got {prompts}")
+        self.prompts, self.generate, self.seed = prompts, generate, seed
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(trainer.datamodule, PackedTextDataModule):
+            raise ValueError(
+                "PasskeyEval takes its text from a PackedTextDataModule; remove it from trainer.callbacks, "
+                f"or train with one (got {type(trainer.datamodule).__name__})"
+            )
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        data: PackedTextDataModule = trainer.datamodule
+        model = transformers_models(pl_module)[0]
+        ids, start, answers = data.passkey.prompts(
+            data.validation_store, data.validation_length, self.prompts, np.random.default_rng(self.seed)
+        )
+        tokens = torch.from_numpy(ids).to(pl_module.device)
+        wanted = torch.from_numpy(answers).to(pl_module.device)
+        right, generated = [], []
+        with trainer.precision_plugin.forward_context():
+            for prompt, answer in zip(tokens.split(1), wanted.split(1), strict=True):
+                logits = model(prompt, use_cache=False, logits_to_keep=answer.shape[1] + 1).logits
+                right.append(logits[:, :-1].argmax(-1) == answer)
+                if self.generate:
+                    question = prompt[:, :start]
+                    written = model.generate(
+                        question,
+                        attention_mask=torch.ones_like(question),
+                        max_new_tokens=answer.shape[1],
+                        min_new_tokens=answer.shape[1],
+                        do_sample=False,
+                        use_cache=True,
+                    )
+                    generated.append((written[:, start:] == answer).all())
+        hits = torch.cat(right)
+        pl_module.log("passkey/teacher_forced", hits.all(-1).float().mean())
+        pl_module.log("passkey/token_accuracy", hits.float().mean())
+        if generated:
+            pl_module.log("passkey/generated", torch.stack(generated).float().mean())

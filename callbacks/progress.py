@@ -1,0 +1,39 @@
+"""A progress bar that says where the curriculum is."""
+
+from __future__ import annotations
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+_SHOWN = (
+    # name in the bar, logged metric, format
+    ("stage", "curriculum/stage", "{:.0f}"),
+    ("len", "curriculum/length", "{:.0f}"),
+    ("k(n)", "curriculum/budget", "{:.0f}"),
+    ("density", "curriculum/density", "{:.2f}"),
+    ("tok/s", "train/tokens_per_second", "{:,.0f}"),
+    ("loss", "train/loss", "{:.3f}"),
+    ("missed", "gap/missed_mass", "{:.3f}"),
+)
+
+
+class SparseProgressBar(TQDMProgressBar):
+    """Lightning's bar with stage, length, k(n), density, tokens/s, loss and the gap to dense.
+
+    `missed` is the softmax mass that the selection does not capture (`DenseGapMonitor`). A metric that
+    nobody logs is left out.
+
+    Args:
+        refresh_rate: batches between updates.
+    """
+
+    def __init__(self, refresh_rate: int = 5) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        logged = trainer.callback_metrics
+        return {
+            name: pattern.format(float(logged[key])) for name, key, pattern in _SHOWN if key in logged
+        }

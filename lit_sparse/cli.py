@@ -1,0 +1,40 @@
+"""lit-sparse: every recipe is a sub-command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+_RECIPES = {
+    "fit": ("lit_sparse.recipes.fit", "train a model: lit-sparse fit --config NAME_OR_PATH"),
+    "validate": ("lit_sparse.recipes.fit", "validate a checkpoint of a run"),
+    "test": ("lit_sparse.recipes.fit", "the same, as Lightning's test stage"),
+    "configs": ("lit_sparse.recipes.shipped_configs", "list the shipped configs"),
+    "benchmark": ("lit_sparse.recipes.benchmark", "time sparse attention, measure the selection"),
+}
+_LIGHTNING = ("fit", "validate", "test")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Exit status 2 where the command line or the config is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    command = argv[0]
+    if command not in _RECIPES:
+        print(f"lit-sparse: error: no sub-command {command!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    recipe = import_module(_RECIPES[command][0])
+    # Lightning parses its own sub-command names.
+    return recipe.main(argv if command in _LIGHTNING else argv[1:])
+
+
+def _usage() -> str:
+    width = max(map(len, _RECIPES))
+    lines = [f"  {name.ljust(width)}  {text}" for name, (_, text) in _RECIPES.items()]
+    return "\n".join(
+        ["usage: lit-sparse COMMAND ...", "", *lines, "", "lit-sparse COMMAND --help says more."]
+    )
+
+

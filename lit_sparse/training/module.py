@@ -1,0 +1,143 @@
+"""SparseLM: the LightningModule that trains a transformers causal language model on packed rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_sparse.models import build_model
+from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
+
+
+class SparseLM(LightningModule):
+    """A causal language model, AdamW with warm-up and cosine decay, and a loss that is right by tokens.
+
+    The model is an ordinary transformers one; the `SparseAttention` callback makes it sparse.
+    Batches are those of `PackedTextDataModule`.
+
+    Args:
+        pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
+        architecture: transformers config of a new model: `model_type` and its keys.
+        learning_rate: peak of the schedule.
+        min_learning_rate: end of the cosine, as a share of the peak.
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
+        betas: of AdamW.
+        gradient_checkpointing: compute activations again in the backward instead of keeping them.
+        loss_chunk: tokens whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        architecture: dict[str, Any] | None = None,
+        learning_rate: float = 3e-4,
+        min_learning_rate: float = 0.1,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gradient_checkpointing: bool = False,
+        loss_chunk: int = 1024,
+    ) -> None:
+        super().__init__()
+        for key, value, holds in (
+            ("learning_rate", learning_rate, learning_rate > 0),
+            ("min_learning_rate", min_learning_rate, 0 <= min_learning_rate <= 1),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("loss_chunk", loss_chunk, loss_chunk >= 1),
+        ):
+            if not holds:
+                raise ValueError(f"model.{key} is out of its range: {value}")
+        self.save_hyperparameters()
+        self.model = build_model(pretrained, architecture)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._step_has_tokens = False
+
+    def on_fit_start(self) -> None:
+        tokens = getattr(self.trainer.datamodule, "vocab_size", None)
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        if tokens is not None and tokens > embeddings:
+            raise ValueError(
+                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
+                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
+            )
+
+    def token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats and the number of loss tokens of one packed row."""
+        hidden = self.model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).last_hidden_state
+        head, labels = self.model.get_output_embeddings(), batch["labels"]
+        total = chunked_cross_entropy(hidden, head, labels, self.hparams["loss_chunk"])
+        return total, (labels != IGNORED).sum()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        total, count = self.token_loss(batch)
+        # The mean over the tokens of the whole optimizer step, whichever rank and micro-batch they
+        # are in: ranks average their gradients and Lightning divides by the accumulation.
+        ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        step_tokens = batch["step_tokens"]
+        self._step_has_tokens = bool(step_tokens > 0)
+        self.log("train/loss", total.detach() / count.clamp(min=1), prog_bar=True)
+        return total * (ranks * accumulate) / step_tokens.clamp(min=1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if not self._step_has_tokens:
+            # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn from.
+            optimizer.zero_grad(set_to_none=True)
+            self.log("train/steps_without_tokens", 1.0, reduce_fx="sum")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        total, count = self.token_loss(batch)
+        self._validation += torch.stack([total.double(), count.double()]).to(self._validation)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        # By tokens over all rows and ranks: a mean of row means would favour rows of many short pieces.
+        total, count = self.all_gather(self._validation).view(-1, 2).sum(0)
+        loss = (total / count.clamp(min=1)).float()
+        self.log("val/loss", loss)
+        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)
+        if bytes_per_token is not None:
+            self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        embeddings = {id(self.model.get_input_embeddings().weight)}
+        decay, keep = [], []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+                (decay if matrix else keep).append(parameter)
+        groups = [
+            {"params": decay, "weight_decay": self.hparams["weight_decay"]},
+            {"params": keep, "weight_decay": 0.0},
+        ]
+        optimizer = AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"])
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, lambda step: self._learning_rate_share(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _learning_rate_share(self, step: int, steps: int) -> float:
+        """Share of the peak at an optimizer step: linear warm-up, then a cosine to the minimum."""
+        warmup, least = self.hparams["warmup_steps"], self.hparams["min_learning_rate"]
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return least + (1 - least) * (1 + math.cos(math.pi * progress)) / 2

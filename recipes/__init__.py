@@ -1,0 +1,1 @@
+"""One runnable job a file; `lit_sparse.cli` gives each a sub-command."""

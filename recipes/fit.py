@@ -1,0 +1,140 @@
+"""`lit-sparse fit | validate | test`: Lightning's own command line around SparseLM."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from lit_sparse.callbacks import ContextCurriculum, SparseAttention
+from lit_sparse.data import PackedTextDataModule
+from lit_sparse.recipes.run_directory import Run
+from lit_sparse.recipes.shipped_configs import find_config
+from lit_sparse.training import SparseLM
+
+SUBCOMMANDS = ("fit", "validate", "test")
+
+
+class SparseCLI(LightningCLI):
+    """Adds to LightningCLI the law, the curriculum and the run directory, as keys of the config."""
+
+    def __init__(self, argv: list[str]) -> None:
+        super().__init__(
+            SparseLM,
+            PackedTextDataModule,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},  # Run.prepare keeps other runs safe
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lit-sparse"},
+            args=argv,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Run, "run")
+        parser.add_lightning_class_args(SparseAttention, "sparse_attention")
+        parser.add_lightning_class_args(ContextCurriculum, "curriculum")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_top_k": -1})
+        parser.set_defaults(
+            {
+                "trainer.log_every_n_steps": 10,
+                # One pass over the row index is the whole run, and it divides rows among ranks itself.
+                "trainer.max_epochs": -1,
+                "trainer.use_distributed_sampler": False,
+                "trainer.num_sanity_val_steps": 0,
+            }
+        )
+        parser.link_arguments("sparse_attention.block", "data.block")
+        parser.link_arguments(
+            "curriculum", "data.curriculum", compute_fn=_stages, apply_on="instantiate"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.run.name is None:
+            config.run.name = Path(str(config.config[0])).stem if config.get("config") else "run"
+        self.run = Run(**config.run.as_dict())
+        if config.get("ckpt_path"):
+            config.ckpt_path = self.run.checkpoint(config.ckpt_path)
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(self.run.path / "checkpoints")
+        if self.subcommand == "fit":
+            # Before hours of work, and before anything of another run could be touched.
+            self.run.prepare(resume=bool(config.get("ckpt_path")))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self._get(self.config_init, "trainer").get("logger") in (None, True):
+            # No version folder: a resumed run goes on in the same directory.
+            logger = TensorBoardLogger(
+                self.run.root, name=self.run.name, version="", default_hp_metric=False
+            )
+            kwargs["logger"] = logger if self.subcommand == "fit" else False
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        self.datamodule.setup()
+        print(self.datamodule.describe(), flush=True)
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"\nTensorBoard:  tensorboard --logdir {self.run.path}", flush=True)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Saves the config of a fit alone: validating a run must not change what it says about itself."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.log_dir is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+def _stages(callback: ContextCurriculum) -> Any:
+    return callback.curriculum
+
+
+def main(argv: list[str]) -> int:
+    """Run a sub-command. What is wrong before training starts is one line, not a traceback."""
+    # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        SparseCLI(_resolve_configs(argv))
+    except (ValueError, NotImplementedError) as error:
+        if _training_started(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        print(f"lit-sparse: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _resolve_configs(argv: list[str]) -> list[str]:
+    """Replace the bare names that follow --config by the files of the shipped configs."""
+    resolved = list(argv)
+    for i, argument in enumerate(argv):
+        if argument in ("--config", "-c") and i + 1 < len(argv):
+            resolved[i + 1] = find_config(argv[i + 1])
+        elif argument.startswith("--config="):
+            resolved[i] = "--config=" + find_config(argument.removeprefix("--config="))
+    return resolved
+
+
+def _training_started(error: BaseException) -> bool:
+    """Whether a training step stands in the traceback: then where it failed matters."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_name in ("training_step", "validation_step", "test_step", "backward"):
+            return True
+        frame = frame.tb_next
+    return False
