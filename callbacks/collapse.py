@@ -17,8 +17,10 @@ from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
 
 ADVICE = {
     "concentration": "lower the learning rate of the query and key projections, or use QK-norm",
-    "dispersion": "raise the budget's alpha, or scale queries with ln n; over-tight QK-norm does this",
-    "large logits": "lower the learning rate of the query and key projections, or clip their weights",
+    "dispersion": "raise the budget's alpha, or scale queries with ln n; over-tight QK-norm "
+    "does this",
+    "large logits": "lower the learning rate of the query and key projections, or clip their "
+    "weights",
 }
 """Alert -> what to do; callbacks/README.md has the long form."""
 
@@ -26,16 +28,17 @@ ADVICE = {
 class CollapseMonitor(SampledAttentionMonitor):
     """Log how sharp attention is and alert when heads collapse in either direction.
 
-    On sampled rows of training steps, under the dense softmax of each row, means over rows, heads and
-    layers of: `collapse/entropy_ratio` (H / ln n; near 0 concentrated, near 1 dispersed),
+    On sampled rows of training steps, under the dense softmax of each row, means over rows, heads
+    and layers of: `collapse/entropy_ratio` (H / ln n; near 0 concentrated, near 1 dispersed),
     `collapse/max_weight` (without the sink tokens), `collapse/effective_support` (exp H, keys),
     `collapse/sink_mass`, `collapse/logit_std`, `collapse/logit_max` (largest of all),
     `collapse/gamma` (sigma^2 / 2 ln n, Gaussian logits collapse at 1) and `collapse/rank_residual`
-    (||X - mean|| / ||X|| of a head's outputs; near 0 all tokens get the same). Entropy ratio by layer;
-    after a validation, a figure of all by layer and head.
+    (||X - mean|| / ||X|| of a head's outputs; near 0 all tokens get the same). Entropy ratio by
+    layer; after a validation, a figure of all by layer and head.
 
-    A head alerts, once a kind, when its average over the last measurements is past a threshold and has
-    moved there since the first one: healthy heads are often sharp from the start. Alerts are warnings
+    A head alerts, once a kind, when its average over the last measurements is past a threshold and
+    has moved there since the first one: healthy heads are often sharp from the start. Alerts are
+        warnings
     and TensorBoard texts under `alerts/`.
 
     Args:
@@ -99,7 +102,9 @@ class CollapseMonitor(SampledAttentionMonitor):
         pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
         self._average.add(heads)
         self._residual = {}
-        self._judge(trainer, list(statistics), {"entropy": heads["entropy_ratio"], "logit": largest})
+        self._judge(
+            trainer, list(statistics), {"entropy": heads["entropy_ratio"], "logit": largest}
+        )
 
     # -- alerts --
 
@@ -128,10 +133,14 @@ class CollapseMonitor(SampledAttentionMonitor):
             ]
             if new:
                 self._alerted |= {(kind, layers[i], head) for i, head in new}
-                self._alert(trainer, kind, [(layers[i], head, shown[kind][i, head]) for i, head in new])
+                self._alert(
+                    trainer, kind, [(layers[i], head, shown[kind][i, head]) for i, head in new]
+                )
 
     def _alert(self, trainer: Trainer, kind: str, heads: list[tuple[int, int, Tensor]]) -> None:
-        listed = ", ".join(f"layer {layer} head {head}: {value:.3g}" for layer, head, value in heads[:8])
+        listed = ", ".join(
+            f"layer {layer} head {head}: {value:.3g}" for layer, head, value in heads[:8]
+        )
         more = f" and {len(heads) - 8} more" if len(heads) > 8 else ""
         text = f"{kind} at step {trainer.global_step} ({listed}{more}); {ADVICE[kind]}"
         rank_zero_warn(f"attention collapse: {text}")
@@ -163,6 +172,12 @@ class CollapseMonitor(SampledAttentionMonitor):
     def _draw(self, trainer: Trainer) -> None:
         if panels := self._average.take():
             titles = {name.replace("_", " "): value for name, value in panels.items()}
-            limits = {"entropy ratio": (0.0, 1.0), "max weight": (0.0, 1.0), "sink mass": (0.0, 1.0)}
-            figure = heat_maps(titles, f"Attention by layer and head, step {trainer.global_step}", limits)
+            limits = {
+                "entropy ratio": (0.0, 1.0),
+                "max weight": (0.0, 1.0),
+                "sink mass": (0.0, 1.0),
+            }
+            figure = heat_maps(
+                titles, f"Attention by layer and head, step {trainer.global_step}", limits
+            )
             add_figure(trainer, "collapse/by_layer_and_head", figure)

@@ -18,8 +18,10 @@ def transformers_models(pl_module: LightningModule) -> list[PreTrainedModel]:
     models = find_models(pl_module)
     if not models:
         raise ValueError(
-            f"{type(pl_module).__name__} holds no transformers model: assign one to an attribute in "
-            "__init__ or configure_model, e.g. self.model = AutoModelForCausalLM.from_pretrained(DIR)"
+            f"{type(pl_module).__name__} holds no transformers model: assign one to an "
+            "attribute in "
+            "__init__ or configure_model, e.g. self.model = "
+            "AutoModelForCausalLM.from_pretrained(DIR)"
         )
     return models
 
@@ -29,16 +31,22 @@ def sparse_models(pl_module: LightningModule) -> list[PreTrainedModel]:
     models = [model for model in find_models(pl_module) if is_sparse(model)]
     if not models:
         raise ValueError(
-            f"no model in {type(pl_module).__name__} is sparse: add SparseAttention(Budget(...)) to the "
+            f"no model in {type(pl_module).__name__} is sparse: add "
+            "SparseAttention(Budget(...)) to the "
             "trainer's callbacks, or call lit_sparse.sparsify(model, budget)"
         )
     return models
 
 
+def datamodule_of(trainer: Trainer) -> Any:
+    """The trainer's data module, or None: without one Lightning leaves the attribute out."""
+    return getattr(trainer, "datamodule", None)
+
+
 def add_figure(trainer: Trainer, name: str, figure: Figure) -> None:
-    """Show a figure in every logger that can (TensorBoard), and close it."""
+    """Show a figure in every logger that can (TensorBoard)."""
     for logger in trainer.loggers:
-        experiment: Any = logger.experiment
+        experiment: Any = getattr(logger, "experiment", None)
         if trainer.is_global_zero and hasattr(experiment, "add_figure"):
             experiment.add_figure(name, figure, trainer.global_step, close=False)
 
@@ -46,6 +54,6 @@ def add_figure(trainer: Trainer, name: str, figure: Figure) -> None:
 def add_text(trainer: Trainer, name: str, text: str) -> None:
     """Show a Markdown text in every logger that can (TensorBoard)."""
     for logger in trainer.loggers:
-        experiment: Any = logger.experiment
+        experiment: Any = getattr(logger, "experiment", None)
         if trainer.is_global_zero and hasattr(experiment, "add_text"):
             experiment.add_text(name, text, trainer.global_step)

@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from lit_sparse.callbacks.common import transformers_models
+from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.models import is_sparse, rope_parameters, set_dense, set_max_positions, set_rope
 from lit_sparse.training.curriculum import Curriculum, Stage
 
@@ -24,13 +24,15 @@ class ContextCurriculum(Callback):
             these.
 
     Raises:
-        ValueError: a stage is out of range, or is longer than the model's positions and neither it nor
-            an earlier one has a RoPE rule; the message names its key.
+        ValueError: a stage is out of range, or is longer than the model's positions and neither it
+            nor an earlier one has a RoPE rule; the message names its key.
     """
 
     def __init__(self, stages: list[Stage], validate_every: int | None = None) -> None:
         if validate_every is not None and validate_every < 1:
-            raise ValueError(f"curriculum.validate_every must be >= 1 or null, got {validate_every}")
+            raise ValueError(
+                f"curriculum.validate_every must be >= 1 or null, got {validate_every}"
+            )
         self.curriculum = Curriculum(stages)
         self.validate_every = validate_every
         self._stage: int | None = None
@@ -48,7 +50,8 @@ class ContextCurriculum(Callback):
                 if stage.length > positions and not ruled:
                     raise ValueError(
                         f"curriculum.stages[{i}].length = {stage.length} is longer than the "
-                        f"{positions} positions of the model (max_position_embeddings): give the stage "
+                        f"{positions} positions of the model (max_position_embeddings): give "
+                        "the stage "
                         "a RoPE rule, e.g. rope: {rope_theta: 500000.0}"
                     )
 
@@ -65,7 +68,9 @@ class ContextCurriculum(Callback):
             self._apply(trainer, pl_module, index)
         # Lightning validates after every val_check_batch-th batch: the next one wanted is the only
         # multiple of itself on the way there.
-        trainer.val_check_batch = self._next_validation(trainer, step) * trainer.accumulate_grad_batches
+        trainer.val_check_batch = (
+            self._next_validation(trainer, step) * trainer.accumulate_grad_batches
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,7 +117,7 @@ class ContextCurriculum(Callback):
                 set_max_positions(model, stage.length)
             if is_sparse(model):
                 set_dense(model, stage.attention == "dense")
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule = datamodule_of(trainer)
         if hasattr(datamodule, "validation_length"):
             datamodule.validation_length = stage.length
         self._stage = index

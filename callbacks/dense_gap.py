@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -42,7 +42,9 @@ class DenseGapMonitor(SampledAttentionMonitor):
     ) -> None:
         super().__init__(every_n_steps, rows, min_context, seed)
         if validation_batches < 0:
-            raise ValueError(f"DenseGapMonitor validation_batches must be >= 0, got {validation_batches}")
+            raise ValueError(
+                f"DenseGapMonitor validation_batches must be >= 0, got {validation_batches}"
+            )
         self.validation_batches = validation_batches
         self._average = Average()
         self._hook: Any = None
@@ -67,7 +69,9 @@ class DenseGapMonitor(SampledAttentionMonitor):
         pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
         self._average.add(
             {
-                "missed mass": torch.stack([1 - s.captured_mass.mean(0) for s in statistics.values()]),
+                "missed mass": torch.stack(
+                    [1 - s.captured_mass.mean(0) for s in statistics.values()]
+                ),
                 "output error": torch.stack([s.output_error.mean(0) for s in statistics.values()]),
             }
         )
@@ -87,7 +91,8 @@ class DenseGapMonitor(SampledAttentionMonitor):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx < self.validation_batches and dataloader_idx == 0:
-            # The decoder and not the whole model: its caller may use the head in pieces or not at all.
+            # The decoder and not the whole model: its caller may use the head in pieces or not at
+            # all.
             decoder = sparse_models(pl_module)[0].base_model
             self._hook = decoder.register_forward_hook(self._remember, with_kwargs=True)
 
@@ -121,7 +126,8 @@ class DenseGapMonitor(SampledAttentionMonitor):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is None:
             return
-        kl, sparse, dense, tokens, labels = pl_module.all_gather(self._sums).view(-1, 5).sum(0)
+        gathered = cast(Tensor, pl_module.all_gather(self._sums))
+        kl, sparse, dense, tokens, labels = gathered.view(-1, 5).sum(0)
         if tokens > 0:
             pl_module.log("gap/kl", (kl / tokens).float())
         if labels > 0:
@@ -141,8 +147,12 @@ class DenseGapMonitor(SampledAttentionMonitor):
             add_figure(trainer, "gap/by_layer_and_head", figure)
 
 
-def _targets(ids: Tensor | None, kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Next token of the same document [N], -100 where there is none, and which tokens are real [N]."""
+def _targets(
+    ids: Tensor | None, kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Next token of the same document [N], -100 where there is none, and which tokens are real
+    [N].
+    """
     mask = kwargs.get("attention_mask")
     real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask is not None and mask.dim() == 2:
@@ -160,7 +170,9 @@ def _targets(ids: Tensor | None, kwargs: Mapping[str, Any], hidden: Tensor) -> t
 def _compare(
     sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, real: Tensor, chunk: int = 1024
 ) -> Tensor:
-    """Sums over tokens: KL(dense || sparse), sparse loss, dense loss, real tokens, targets; nats."""
+    """Sums over tokens: KL(dense || sparse), sparse loss, dense loss, real tokens, targets;
+    nats.
+    """
     sums = torch.zeros(5, dtype=torch.float64, device=sparse.device)
     pairs = zip(
         sparse.flatten(0, 1).split(chunk),

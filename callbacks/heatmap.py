@@ -10,9 +10,12 @@ from torch import Tensor
 
 
 def heat_maps(
-    panels: Mapping[str, Tensor], title: str, limits: Mapping[str, tuple[float, float]] | None = None
+    panels: Mapping[str, Tensor],
+    title: str,
+    limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """Draw each panel [layers, heads] with its own colour bar, values written in where there is room.
+    """Draw each panel [layers, heads] with its own colour bar, values written in where there is
+    room.
 
     Args:
         panels: name -> values.

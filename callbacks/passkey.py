@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lit_sparse.callbacks.common import transformers_models
+from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.data import PackedTextDataModule
 
 
 class PasskeyEval(Callback):
-    """After each validation, ask for a passkey planted in validation text of the stage's full length.
+    """After each validation, ask for a passkey planted in validation text of the stage's full
+    length.
 
     Logs `passkey/teacher_forced` (share of prompts whose answer tokens are all the model's first
     choice, given the ones before), `passkey/token_accuracy` (share of answer tokens), and
-    `passkey/generated` (share of answers that greedy generation with the cache gives exactly). Needs a
-    `PackedTextDataModule`.
+    `passkey/generated` (share of answers that greedy generation with the cache gives exactly).
+    Needs a `PackedTextDataModule`.
 
     Args:
         prompts: prompts, at evenly spaced depths.
@@ -30,20 +33,25 @@ class PasskeyEval(Callback):
         self.prompts, self.generate, self.seed = prompts, generate, seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.datamodule, PackedTextDataModule):
+        data = datamodule_of(trainer)
+        if not isinstance(data, PackedTextDataModule):
             raise ValueError(
-                "PasskeyEval takes its text from a PackedTextDataModule; remove it from trainer.callbacks, "
-                f"or train with one (got {type(trainer.datamodule).__name__})"
+                "PasskeyEval takes its text from a PackedTextDataModule; remove it from "
+                "trainer.callbacks, "
+                f"or train with one (got {type(data).__name__})"
             )
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        data: PackedTextDataModule = trainer.datamodule
-        model = transformers_models(pl_module)[0]
+        data: PackedTextDataModule = datamodule_of(trainer)
+        model: Any = transformers_models(pl_module)[0]
         ids, start, answers = data.passkey.prompts(
-            data.validation_store, data.validation_length, self.prompts, np.random.default_rng(self.seed)
+            data.validation_store,
+            data.validation_length,
+            self.prompts,
+            np.random.default_rng(self.seed),
         )
         tokens = torch.from_numpy(ids).to(pl_module.device)
         wanted = torch.from_numpy(answers).to(pl_module.device)

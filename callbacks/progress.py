@@ -20,8 +20,8 @@ _SHOWN = (
 class SparseProgressBar(TQDMProgressBar):
     """Lightning's bar with stage, length, k(n), density, tokens/s, loss and the gap to dense.
 
-    `missed` is the softmax mass that the selection does not capture (`DenseGapMonitor`). A metric that
-    nobody logs is left out.
+    `missed` is the softmax mass that the selection does not capture (`DenseGapMonitor`). A metric
+    that nobody logs is left out.
 
     Args:
         refresh_rate: batches between updates.
@@ -35,5 +35,7 @@ class SparseProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         logged = trainer.callback_metrics
         return {
-            name: pattern.format(float(logged[key])) for name, key, pattern in _SHOWN if key in logged
+            name: pattern.format(float(logged[key]))
+            for name, key, pattern in _SHOWN
+            if key in logged
         }

@@ -1,4 +1,6 @@
-"""What the monitors share: at an interval, exact statistics of a few rows of every layer's attention."""
+"""What the monitors share: at an interval, exact statistics of a few rows of every layer's
+attention.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from lit_sparse.models import Observation, observe
 class SampledAttentionMonitor(Callback):
     """Watches the attention of training steps without changing them.
 
-    In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys and
-    values are observed where they pass, detached, and `rows` query rows of them are compared with
-    their whole context. Rows come from the monitor's own generator, whose state is saved, so that
-    the run is bitwise the same with and without it, and resumes exactly.
+    In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys
+    and values are observed where they pass, detached, and `rows` query rows of them are compared
+    with their whole context. Rows come from the monitor's own generator, whose state is saved, so
+    that the run is bitwise the same with and without it, and resumes exactly.
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -33,7 +35,11 @@ class SampledAttentionMonitor(Callback):
     def __init__(
         self, every_n_steps: int = 50, rows: int = 64, min_context: int = 64, seed: int = 0
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows), ("min_context", min_context)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("rows", rows),
+            ("min_context", min_context),
+        ):
             if value < 1:
                 raise ValueError(f"{type(self).__name__} {name} must be >= 1, got {value}")
         self.every_n_steps, self.rows, self.min_context = every_n_steps, rows, min_context
@@ -42,7 +48,9 @@ class SampledAttentionMonitor(Callback):
         self._statistics: dict[int, RowStatistics] = {}
 
     def measure(self, layer: int, out: Tensor, statistics: RowStatistics) -> None:
-        """One layer's sampled rows, inside the forward; out [T, Hq, D] is the attention's output."""
+        """One layer's sampled rows, inside the forward; out [T, Hq, D] is the attention's
+        output.
+        """
 
     def finish(
         self, trainer: Trainer, pl_module: LightningModule, statistics: Mapping[int, RowStatistics]
@@ -72,7 +80,9 @@ class SampledAttentionMonitor(Callback):
             self.finish(trainer, pl_module, dict(sorted(self._statistics.items())))
             self._statistics = {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         for watch in self._watches:
             watch.remove()
         self._watches = []

@@ -74,7 +74,8 @@ class SparseAttention(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0 or trainer.global_step == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step == 0 or (trainer.global_step + 1) % every == 0:
             self._selections = []
             for model in transformers_models(pl_module):
                 self._watch.append(observe(model, self._keep))

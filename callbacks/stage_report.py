@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 
+from lit_sparse.callbacks.common import datamodule_of
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 
 _COLUMNS = (
@@ -31,8 +32,8 @@ _COLUMNS = (
 class StageReport(Callback):
     """Collect the logged metrics when a stage is validated, and print one line a stage at the end.
 
-    Tokens/s is training time alone, over the whole stage. The rows are also written to `stages.json`
-    in the log directory. Put it after the callbacks whose metrics it shows.
+    Tokens/s is training time alone, over the whole stage. The rows are also written to
+    `stages.json` in the log directory. Put it after the callbacks whose metrics it shows.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class StageReport(Callback):
         row = {key: float(value) for key, value in trainer.callback_metrics.items()}
         row["step"] = trainer.global_step
         row["tokens_per_second"] = self._tokens / self._seconds
-        unigram = getattr(trainer.datamodule, "unigram_bits_per_byte", None)
+        unigram = getattr(datamodule_of(trainer), "unigram_bits_per_byte", None)
         if unigram is not None:
             row["unigram_bits_per_byte"] = unigram
         row["stage"] = _stage(trainer) + 1
@@ -99,4 +100,5 @@ class StageReport(Callback):
 
 
 def _stage(trainer: Trainer) -> int:
-    return next((c.stage for c in trainer.callbacks if isinstance(c, ContextCurriculum)), 0)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c.stage for c in callbacks if isinstance(c, ContextCurriculum)), 0)

@@ -13,8 +13,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-# alpha * n**C computed in float64 lies a few units in the last place off the true value. Where the true
-# value is an integer (64 * 32768^(1/3) = 2048) a bare ceil would then depend on the libm that computed it.
+# alpha * n**C computed in float64 lies a few units in the last place off the true value. Where the
+# true value is an integer (64 * 32768^(1/3) = 2048) a bare ceil would then depend on the libm that
+# computed it.
 _ROUNDING = 1e-12
 
 LONGEST = 2**62
@@ -41,9 +42,10 @@ class Budget:
         ceiling: most keys, or None for no limit.
         sink: tokens at the start of a document whose blocks are always kept.
         local: share of the budget spent on the nearest keys, in [0, 1]; 1 is a sliding window.
-        late: share of the remaining blocks that the queries of a tile choose themselves, each from its
-            own row on, in [0, 1]; the others are chosen by the recent past.
-        law: "power" for alpha * n**exponent, "log" for alpha * ln(n) (for comparison; see `Budget.log`).
+        late: share of the remaining blocks that the queries of a tile choose themselves, each from
+            its own row on, in [0, 1]; the others are chosen by the recent past.
+        law: "power" for alpha * n**exponent, "log" for alpha * ln(n) (for comparison; see
+            `Budget.log`).
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -100,7 +102,8 @@ class Budget:
     def longest_context(self, keys: int) -> int:
         """The inverse of the law: the longest context whose budget is at most `keys`.
 
-        Returns `LONGEST` if no context asks for more (a ceiling or a fixed window at or below `keys`).
+        Returns `LONGEST` if no context asks for more (a ceiling or a fixed window at or below
+        `keys`).
         """
         if keys < 0:
             raise ValueError(f"keys must be >= 0, got {keys}")
@@ -119,7 +122,9 @@ class Budget:
         return asdict(self)
 
     def __str__(self) -> str:
-        form = f"{self.alpha:g} ln n" if self.law == "log" else f"{self.alpha:g} n^{self.exponent:g}"
+        form = (
+            f"{self.alpha:g} ln n" if self.law == "log" else f"{self.alpha:g} n^{self.exponent:g}"
+        )
         ceiling = "" if self.ceiling is None else f", ceiling {self.ceiling}"
         return f"k(n) = {form}, floor {self.floor}{ceiling}"
 
@@ -127,8 +132,9 @@ class Budget:
     def through(cls, k_ref: float, n_ref: float, exponent: float, **others: Any) -> Budget:
         """The law of that exponent through one point: `k_ref` keys at `n_ref` tokens.
 
-        Two laws that agree at a length in use are easier to compare than two values of alpha, which is
-        strongly correlated with the exponent. `through(f * n, n, C)` keeps a share f of a context n.
+        Two laws that agree at a length in use are easier to compare than two values of alpha,
+        which is strongly correlated with the exponent. `through(f * n, n, C)` keeps a share f of a
+        context n.
         """
         if not k_ref > 0 or not n_ref > 0:
             raise ValueError(f"k_ref and n_ref must be positive, got {k_ref} and {n_ref}")
@@ -136,7 +142,8 @@ class Budget:
 
     @classmethod
     def preset(cls, name: str, **others: Any) -> Budget:
-        """A named law: "eco" 64 n^(1/3), "balanced" 16 n^.5, "safe" 4 n^(2/3), "near-lossless" .86 n^.85.
+        """A named law: "eco" 64 n^(1/3), "balanced" 16 n^.5, "safe" 4 n^(2/3), "near-lossless" .86
+        n^.85.
 
         All have a floor of 1024 keys, which overrides the law at short contexts.
         """
@@ -151,7 +158,9 @@ class Budget:
 
     @classmethod
     def log(cls, a: float, **others: Any) -> Budget:
-        """`a * ln(n)` keys: too few for a stable approximation (arXiv 2404.02690), kept to show it."""
+        """`a * ln(n)` keys: too few for a stable approximation (arXiv 2404.02690), kept to show
+        it.
+        """
         return cls(**{"alpha": a, "law": "log", "floor": 0, **others})
 
     @classmethod

@@ -36,5 +36,3 @@ def _usage() -> str:
     return "\n".join(
         ["usage: lit-sparse COMMAND ...", "", *lines, "", "lit-sparse COMMAND --help says more."]
     )
-
-

@@ -98,6 +98,9 @@ def _run_attention(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     rows = [benchmark_attention.cells(result) for result in results]
     table = render_table(benchmark_attention.GROUPS, rows)
     lines = [*wrap(title), "", *table, "", *wrap(benchmark_attention.NOTE)]
+    disturbed = benchmark_attention.warning(results, torch.get_num_threads())
+    if disturbed is not None:
+        lines += wrap(disturbed)
     return {"problem": problem, "repeats": options.repeats, "results": results}, lines
 
 
@@ -119,8 +122,8 @@ def _run_selection(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     title = (
         f"Selection quality: {task.model}, {result['layers']} layers of {result['heads']} query / "
         f"{result['kv_heads']} key-value heads, {len(result['documents'])} documents of "
-        f"{task.length} tokens from {task.data}, {result['rows']} rows of the later half of each; {task.budget}, "
-        f"sink {task.budget.sink}, local {task.budget.local:g}, block {task.block}"
+        f"{task.length} tokens from {task.data}, {result['rows']} rows of the later half of each; "
+        f"{task.budget}, sink {task.budget.sink}, local {task.budget.local:g}, block {task.block}"
     )
     rows = [benchmark_selection.cells(entry) for entry in result["rules"]]
     table = render_table(benchmark_selection.GROUPS, rows)

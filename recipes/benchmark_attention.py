@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from lit_sparse.recipes.benchmark_load import NOTICEABLE, OtherLoad
 from lit_sparse.recipes.benchmark_memory import peak_mib
 from lit_sparse.recipes.benchmark_report import number
 from lit_sparse.recipes.benchmark_steps import (
@@ -46,19 +47,22 @@ NOTE = (
 def measure(problem: Problem, repeats: int, threads: int, memory: bool = True) -> dict[str, Any]:
     """One length: all that the table shows, and the raw times in milliseconds.
 
-    Sparse and dense runs take turns, so that what else the machine does hits both.
+    Sparse and dense runs take turns, so that slow changes of the machine hit both. Load of other
+    processes does not hit both alike (see `benchmark_load`), so it is measured too.
     """
     packed, dense = packed_inputs(problem), dense_inputs(problem)
     dense_repeats = repeats if problem.length < LONG else 1
     _, selection = sparse_step(problem, packed)
     if problem.length < LONG:
         dense_step(dense)
+    load = OtherLoad()
     sparse_runs: list[Times] = []
     dense_runs: list[Times] = []
     for repeat in range(repeats):
         sparse_runs.append(_milliseconds(sparse_step(problem, packed)[0]))
         if repeat < dense_repeats:
             dense_runs.append(_milliseconds(dense_step(dense)))
+    others = load.cores()
     del packed, dense
 
     pairs = zip(sparse_runs, dense_runs, strict=False)
@@ -74,6 +78,7 @@ def measure(problem: Problem, repeats: int, threads: int, memory: bool = True) -
         "executed_pairs": executed,
         "causal_pairs": causal,
         "flops_ratio": causal / executed,
+        "other_cores": others,
         "sparse_runs_ms": sparse_runs,
         "dense_runs_ms": dense_runs,
     }
@@ -96,6 +101,20 @@ def cells(result: dict[str, Any]) -> list[str]:
         peak = result.get(f"{side}_peak_mib")
         row += [_short(peak), _short(None if peak is None else peak * 1024 / length)]
     return row
+
+
+def warning(results: list[dict[str, Any]], threads: int) -> str | None:
+    """A line for measurements that other processes disturbed, or None."""
+    worst = max((result["other_cores"] or 0.0 for result in results), default=0.0)
+    if worst < NOTICEABLE:
+        return None
+    line = f"DISTURBED: other processes kept up to {worst:.1f} cores busy during the timed runs."
+    if threads > 1:
+        line += (
+            " With several threads that slows the sparse side more than the dense one, so the "
+            "ratios say little: repeat on a quiet machine, or with --threads 1."
+        )
+    return line
 
 
 def run(

@@ -51,7 +51,8 @@ class SparseCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.log_every_n_steps": 10,
-                # One pass over the row index is the whole run, and it divides rows among ranks itself.
+                # One pass over the row index is the whole run, and it divides rows among ranks
+                # itself.
                 "trainer.max_epochs": -1,
                 "trainer.use_distributed_sampler": False,
                 "trainer.num_sanity_val_steps": 0,
@@ -94,7 +95,9 @@ class SparseCLI(LightningCLI):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves the config of a fit alone: validating a run must not change what it says about itself."""
+    """Saves the config of a fit alone: validating a run must not change what it says about
+    itself.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.log_dir is not None:
@@ -109,6 +112,7 @@ def main(argv: list[str]) -> int:
     """Run a sub-command. What is wrong before training starts is one line, not a traceback."""
     # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     try:
         SparseCLI(_resolve_configs(argv))
     except (ValueError, NotImplementedError) as error:
@@ -134,7 +138,12 @@ def _training_started(error: BaseException) -> bool:
     """Whether a training step stands in the traceback: then where it failed matters."""
     frame = error.__traceback__
     while frame is not None:
-        if frame.tb_frame.f_code.co_name in ("training_step", "validation_step", "test_step", "backward"):
+        if frame.tb_frame.f_code.co_name in (
+            "training_step",
+            "validation_step",
+            "test_step",
+            "backward",
+        ):
             return True
         frame = frame.tb_next
     return False

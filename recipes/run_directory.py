@@ -38,16 +38,20 @@ class Run:
         path = self.path
         holds_run = path.is_dir() and any(any(path.glob(mark)) for mark in _MARKS)
         if path.exists() and not path.is_dir():
-            raise ValueError(f"run.name: {path} is a file, not a directory; choose another --run.name")
+            raise ValueError(
+                f"run.name: {path} is a file, not a directory; choose another --run.name"
+            )
         if holds_run and not resume and not self.overwrite:
             raise ValueError(
-                f"run.name: {path} already holds a run; continue it with --ckpt_path last, choose another "
+                f"run.name: {path} already holds a run; continue it with --ckpt_path last, "
+                "choose another "
                 "--run.name, or delete it with --run.overwrite true"
             )
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(
-                f"run.root: {path} cannot be written ({existing} is not writable); choose another --run.root"
+                f"run.root: {path} cannot be written ({existing} is not writable); choose "
+                "another --run.root"
             )
         if holds_run and not resume:
             shutil.rmtree(path)
@@ -65,5 +69,7 @@ class Run:
             return wanted
         found = sorted((self.path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise ValueError(f"ckpt_path: last, but {self.path / 'checkpoints'} holds no checkpoint")
+            raise ValueError(
+                f"ckpt_path: last, but {self.path / 'checkpoints'} holds no checkpoint"
+            )
         return str(found[-1])

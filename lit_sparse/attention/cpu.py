@@ -1,10 +1,10 @@
 """CPU backend: gathered tiles as small dense attentions, by batched matrix products.
 
 A tile's rows (its queries, of all heads of the group) against its kept keys are one small dense
-attention, and tiles with equally long lists are a batch of them. Few tiles a thread are in work at a time, so
-that their logits stay in that core's cache from one product to the next. Logits are in units of log 2,
-because exp2 costs a quarter of exp in PyTorch's CPU kernels. Only the last keys of a list, those of the
-late and diagonal blocks, need a mask.
+attention, and tiles with equally long lists are a batch of them. Few tiles a thread are in work at
+a time, so that their logits stay in that core's cache from one product to the next. Logits are in
+units of log 2, because exp2 costs a quarter of exp in PyTorch's CPU kernels. Only the last keys of
+a list, those of the late and diagonal blocks, need a mask.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class _Grid:
         return gathered.view(len(index), -1, self.q.shape[-1])
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory written anew in each step: fresh pages for each would cost as much as the products."""
+        """Memory written anew in each step: fresh pages for each would cost as much as the
+        products.
+        """
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self.q.new_empty(size)
@@ -129,13 +131,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
-    Logits stand transposed, [keys, rows]: in this layout no product but the small dQ reads a transposed
-    left operand, which PyTorch's matrix library takes a third longer for.
+    Logits stand transposed, [keys, rows]: in this layout no product but the small dQ reads a
+    transposed left operand, which PyTorch's matrix library takes a third longer for.
     """
     grid = _Grid(q, k, v, selection)
     grads = grid.tiles(grad_out)
     deltas = grid.tiles((out.to(grid.dtype) * grad_out).sum(-1, keepdim=True)).transpose(1, 2)
-    shifts = grid.tiles(lse[..., None]).mul_(_LOG2E).transpose(1, 2)
+    shifts = (grid.tiles(lse[..., None]) * _LOG2E).transpose(1, 2)
     dq, dk, dv = torch.empty_like(grid.q), torch.zeros_like(grid.k), torch.zeros_like(grid.v)
     for batch in _batches(grid):
         rows, grad = grid.q[batch.items], grads[batch.items]

@@ -1,4 +1,6 @@
-"""Dense causal attention of packed documents, with its log-sum-exp: what the sparse one falls back to."""
+"""Dense causal attention of packed documents, with its log-sum-exp: what the sparse one falls back
+to.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,14 @@ from torch import Tensor
 from lit_sparse.attention.plan import Plan
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Every document by itself through PyTorch's flash kernel; neighbours of one length in one call.
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every document by itself through PyTorch's flash kernel; neighbours of one length in one
+    call.
 
-    q [T, Hq, D], k, v [Tk, Hkv, D] on the CPU. Returns out [T, Hq, D] and lse [T, Hq]; differentiable.
+    q [T, Hq, D], k, v [Tk, Hkv, D] on the CPU. Returns out [T, Hq, D] and lse [T, Hq];
+    differentiable.
     """
     groups = q.shape[1] // k.shape[1]
     lengths = [
@@ -37,7 +43,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -
     if not outs:
         # Of no rows, but part of the graph as ever.
         empty = q + 0 * (k.sum() + v.sum())
-        return empty, empty.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        return empty, empty.new_zeros(
+            q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)
+        )
     return torch.cat(outs), torch.cat(lses)
 
 

@@ -1,6 +1,10 @@
-"""Packed rows as padded tiles and blocks, and back: the shape in which tiles and blocks are addressable."""
+"""Packed rows as padded tiles and blocks, and back: the shape in which tiles and blocks are
+addressable.
+"""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -13,7 +17,8 @@ def to_pieces(x: Tensor, boundaries: tuple[int, ...], first: Ints, size: int) ->
     Args:
         x: [T, H, D].
         boundaries: packed boundaries of the documents (cu_seqlens on the host).
-        first: first piece of each document, and the number of all (`Plan.first_tile`, `.first_block`).
+        first: first piece of each document, and the number of all (`Plan.first_tile`,
+            `.first_block`).
 
     Returns:
         [H, pieces, size, D], contiguous.
@@ -23,7 +28,7 @@ def to_pieces(x: Tensor, boundaries: tuple[int, ...], first: Ints, size: int) ->
         return x.reshape(total // size, size, heads, dim).permute(2, 0, 1, 3).contiguous()
     pieces = x.new_zeros(heads, int(first[-1]), size, dim)
     rows = pieces.view(heads, -1, dim)
-    for document, (begin, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for document, (begin, end) in enumerate(pairwise(boundaries)):
         at = int(first[document]) * size
         rows[:, at : at + end - begin] = x[begin:end].transpose(0, 1)
     return pieces
@@ -37,14 +42,16 @@ def from_pieces(pieces: Tensor, boundaries: tuple[int, ...], first: Ints) -> Ten
         return pieces.permute(1, 2, 0, 3).reshape(total, heads, dim)
     x = pieces.new_empty(total, heads, dim)
     rows = pieces.reshape(heads, -1, dim)
-    for document, (begin, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for document, (begin, end) in enumerate(pairwise(boundaries)):
         at = int(first[document]) * size
         x[begin:end] = rows[:, at : at + end - begin].transpose(0, 1)
     return x
 
 
 def query_tiles(q: Tensor, plan: Plan, groups: int) -> Tensor:
-    """q [T, Hkv * G, D] as [Hkv, tiles, G * tile, D]: the rows of a tile, one head after the other."""
+    """q [T, Hkv * G, D] as [Hkv, tiles, G * tile, D]: the rows of a tile, one head after the
+    other.
+    """
     heads, dim = q.shape[1] // groups, q.shape[2]
     tiles = to_pieces(q, plan.queries, plan.first_tile, plan.tile)
     tiles = tiles.view(heads, groups, plan.tiles, plan.tile, dim).transpose(1, 2)
@@ -67,5 +74,3 @@ def key_blocks(x: Tensor, plan: Plan) -> Tensor:
 def from_key_blocks(blocks: Tensor, plan: Plan) -> Tensor:
     """The inverse of `key_blocks`."""
     return from_pieces(blocks, plan.keys, plan.first_block)
-
-

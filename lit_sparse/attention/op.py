@@ -34,8 +34,8 @@ def sparse_attention(
             PyTorch's dense kernel where the lengths alone say that the selection keeps everything.
 
     Returns:
-        out [T, Hq, D] in q's dtype; lse [T, Hq], the log-sum-exp of each row's kept logits in float32
-        (float64 for float64 inputs), not differentiable.
+        out [T, Hq, D] in q's dtype; lse [T, Hq], the log-sum-exp of each row's kept logits in
+        float32 (float64 for float64 inputs), not differentiable.
 
     Raises:
         ValueError: shapes do not fit the selection, or the backend cannot take these tensors.
@@ -66,7 +66,8 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out = grads_out[0]
         with torch.autocast(grad_out.device.type, enabled=False):
             grads = cpu.backward(grad_out, *ctx.saved_tensors, ctx.selection, ctx.scale)
         return *grads, None, None
@@ -76,7 +77,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str |
     plan = selection.plan
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    for name, x, tokens in (("q", q, plan.queries[-1]), ("k", k, plan.keys[-1]), ("v", v, plan.keys[-1])):
+    for name, x, tokens in (
+        ("q", q, plan.queries[-1]),
+        ("k", k, plan.keys[-1]),
+        ("v", v, plan.keys[-1]),
+    ):
         if x.dim() != 3 or x.shape[0] != tokens:
             raise ValueError(
                 f"{name} must be [tokens, heads, head_dim] with the selection's {tokens} tokens, "
@@ -84,7 +89,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str |
             )
         if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
             raise ValueError(
-                f"q, k and v must share a floating dtype and a device: {name} is {x.dtype} on {x.device}, "
+                f"q, k and v must share a floating dtype and a device: {name} is {x.dtype} on "
+                f"{x.device}, "
                 f"q {q.dtype} on {q.device}"
             )
     if k.shape != v.shape or q.shape[2] != k.shape[2]:

@@ -1,7 +1,7 @@
 """What document lengths alone say about a selection: every tile, its budget and its list's layout.
 
-All of it is host arithmetic on integers, so that no list length depends on data, nothing synchronises
-with a device, and two calls on the same lengths share one plan.
+All of it is host arithmetic on integers, so that no list length depends on data, nothing
+synchronises with a device, and two calls on the same lengths share one plan.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lit_sparse.budget import Budget
 
 Ints = NDArray[np.int64]
 
-# Shares of a budget are decimals such as 0.1; their products with a count may miss a whole number by
-# an ulp, and a bare floor or ceil would then move a whole block.
+# Shares of a budget are decimals such as 0.1; their products with a count may miss a whole number
+# by an ulp, and a bare floor or ceil would then move a whole block.
 _ROUNDING = 1e-9
 
 _SINK, _BASE, _LOCAL, _LATE, _DIAGONAL = range(5)
@@ -29,10 +29,10 @@ _SINK, _BASE, _LOCAL, _LATE, _DIAGONAL = range(5)
 class Plan:
     """The tiles of some documents under a budget, and how the list of each is laid out.
 
-    A tile is `tile` consecutive queries of one document; its grid starts at the document's first query.
-    The list of a tile is `[sink | base | local | late | diagonal]`: the first three are blocks whose keys
-    all lie before the tile and that all its rows see, ascending; a late block is seen from its entry
-    row on; the diagonal blocks reach into the tile and need the causal mask.
+    A tile is `tile` consecutive queries of one document; its grid starts at the document's first
+    query. The list of a tile is `[sink | base | local | late | diagonal]`: the first three are
+    blocks whose keys all lie before the tile and that all its rows see, ascending; a late block is
+    seen from its entry row on; the diagonal blocks reach into the tile and need the causal mask.
 
     All arrays are int64 [tiles] unless said otherwise, in document order then position.
     """
@@ -53,7 +53,9 @@ class Plan:
     counts: Ints
     """[tiles, 5]: list slots of each kind, in list order."""
     first_local: Ints
-    """First block of the local window; the candidates are the blocks from the sink's end up to it."""
+    """First block of the local window; the candidates are the blocks from the sink's end up to
+    it.
+    """
     sparse: NDArray[np.bool_]
     """Whether the tile drops anything. Where it does not, its list is every visible block."""
     raised_to: int
@@ -98,7 +100,9 @@ class Plan:
 
     @cached_property
     def first_block(self) -> Ints:
-        """int64 [documents + 1]: the first key block of each document, counted over all documents."""
+        """int64 [documents + 1]: the first key block of each document, counted over all
+        documents.
+        """
         return _starts(-(-np.diff(self.keys) // self.block))
 
     @cached_property
@@ -108,7 +112,9 @@ class Plan:
 
     @cached_property
     def _slots(self) -> tuple[Tensor, Tensor, Tensor]:
-        """int32 columns with -1 in the slots that data decides; int64 places of base and late slots."""
+        """int32 columns with -1 in the slots that data decides; int64 places of base and late
+        slots.
+        """
         lengths = self.counts.ravel()
         first = np.zeros_like(self.counts)
         first[:, _LOCAL] = self.first_local
@@ -139,7 +145,9 @@ class Plan:
 
 
 def late_rows(late: int, tile: int) -> list[int]:
-    """The rows of a tile at which `late` slots are filled: evenly spaced, several a row if need be."""
+    """The rows of a tile at which `late` slots are filled: evenly spaced, several a row if need
+    be.
+    """
     return [(2 * slot + 1) * tile // (2 * late) for slot in range(late)]
 
 
@@ -149,8 +157,8 @@ def make_plan(
 ) -> Plan:
     """The plan of documents whose packed boundaries are `queries` and `keys` (cu_seqlens).
 
-    The lists of a tile follow from its nominal end `t0 + tile` even where the document ends earlier:
-    what a longer document would hold after a token must not change what the token sees.
+    The lists of a tile follow from its nominal end `t0 + tile` even where the document ends
+    earlier: what a longer document would hold after a token must not change what the token sees.
     """
     key_lengths = np.diff(keys)
     tiles_of = -(-np.diff(queries) // tile)

@@ -1,10 +1,11 @@
-"""Exact attention statistics of a few sampled rows: what a kept set captures, and how sharp heads are.
+"""Exact attention statistics of a few sampled rows: what a kept set captures, and how sharp heads
+are.
 
-A sampled row is compared with its whole causal context, so the cost is rows x context and nothing of
-size n^2 ever exists. Formulas: for a kept set S of a row with softmax p, captured mass 1 - tau =
+A sampled row is compared with its whole causal context, so the cost is rows x context and nothing
+of size n^2 ever exists. Formulas: for a kept set S of a row with softmax p, captured mass 1 - tau =
 sum of p over S; tau is also the total-variation distance to the renormalised restriction, and
-KL(p_S || p) = -ln(1 - tau). See "How Sparse Attention Approximates Exact Attention?" (arXiv 2404.02690)
-for what it claims of k(n) = alpha * n^C; the quantities here are measured, not bounded.
+KL(p_S || p) = -ln(1 - tau). See "How Sparse Attention Approximates Exact Attention?" (arXiv
+2404.02690) for what it claims of k(n) = alpha * n^C; the quantities here are measured, not bounded.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def _dtype(x: Tensor) -> torch.dtype:
 def _statistics(
     q: Tensor, k: Tensor, v: Tensor, context: Tensor, kept: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """q [R, Hq, D]; k, v [N, Hkv, D]; context [R]; kept bool [Hkv, R, N]. Fields from captured_mass on."""
+    """q [R, Hq, D]; k, v [N, Hkv, D]; context [R]; kept bool [Hkv, R, N]. Fields from
+    captured_mass on.
+    """
     dtype = _dtype(q)
     groups = q.shape[1] // k.shape[1]
     key = torch.arange(len(k), device=q.device)

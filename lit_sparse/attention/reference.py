@@ -60,7 +60,9 @@ def _select_document(
     local, late_share = Fraction(str(budget.local)), Fraction(str(budget.late))
 
     def masses(row: int) -> Tensor:
-        """Softmax mass of each block complete before the tile of query `row` starts, over G heads."""
+        """Softmax mass of each block complete before the tile of query `row` starts, over G
+        heads.
+        """
         t0 = cached + row // tile * tile
         complete = t0 // block
         means = k[: complete * block].view(complete, block, -1).mean(1)
@@ -90,7 +92,7 @@ def _select_document(
         needed = [sum(mass[b] for mass in recent) for b in candidates]
         base = _best(candidates, needed, slots - late)
 
-        entries = {b: 0 for b in [*always, *base]}
+        entries = dict.fromkeys([*always, *base], 0)
         others = [b for b in candidates if b not in base]
         asked: dict[int, int] = {}
         for slot in range(late):
@@ -156,7 +158,11 @@ def topk_attention(
     causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = _logits(q.detach().to(dtype), k.detach().to(dtype), scale)
-    order = logits.masked_fill(~causal, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    order = (
+        logits.masked_fill(~causal, float("-inf"))
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
     rank = torch.arange(length, device=q.device)
     allowed = budget(rank + 1)
     mask = torch.zeros_like(logits, dtype=torch.bool)

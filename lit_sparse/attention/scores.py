@@ -1,7 +1,7 @@
 """How much a query row wants a key block: the pluggable part of the selection.
 
-A scorer prepares a summary of the key blocks once, then scores rows against it. Scores are summed over
-rows to choose a tile's base and compared within a row to choose its late blocks.
+A scorer prepares a summary of the key blocks once, then scores rows against it. Scores are summed
+over rows to choose a tile's base and compared within a row to choose its late blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def _logits(q: Tensor, summary: Tensor, scale: float) -> Tensor:
 
 
 def _mass(logits: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax over the visible blocks, summed over the heads of the group; 0 where none is visible."""
+    """Softmax over the visible blocks, summed over the heads of the group; 0 where none is
+    visible.
+    """
     logits.masked_fill_(hidden[:, None, :], float("-inf"))
     # The ln(block) of the definition is the same for all complete blocks and cancels here.
     return logits.softmax(-1).sum(2)
@@ -54,7 +56,8 @@ def _min_max(blocks: Tensor) -> Tensor:
 
 
 def _min_max_rows(q: Tensor, summary: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    # max over the box of the block's keys of q . key: positive parts meet the maxima, negative the minima.
+    # max over the box of the block's keys of q . key: positive parts meet the maxima, negative the
+    # minima.
     signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     return _mass(_logits(signed, summary, scale), hidden)
 
@@ -70,7 +73,8 @@ SCORERS: dict[str, Scorer] = {
     "mass": Scorer(lambda blocks: blocks.mean(2), _mass_rows),
     # Its logit, without a softmax: rows with large queries count for more.
     "mean": Scorer(lambda blocks: blocks.mean(2), _mean_rows),
-    # Softmax mass of the largest logit that the block's bounding box allows (Quest, arXiv 2406.10774).
+    # Softmax mass of the largest logit that the block's bounding box allows (Quest, arXiv
+    # 2406.10774).
     "minmax": Scorer(_min_max, _min_max_rows),
     # True softmax mass of the block, from every key: n x n work, a yardstick.
     "exact": Scorer(lambda blocks: blocks, _exact_rows),
@@ -78,7 +82,9 @@ SCORERS: dict[str, Scorer] = {
 
 
 def get_scorer(score: str | RowScores | Scorer) -> Scorer:
-    """A scorer by name, or one around a function that takes the blocks [H, N, block, D] themselves."""
+    """A scorer by name, or one around a function that takes the blocks [H, N, block, D]
+    themselves.
+    """
     if isinstance(score, Scorer):
         return score
     if callable(score):

@@ -1,14 +1,15 @@
 """The working-set selection: what the recent past needed, plus what the tile's own queries ask for.
 
-A list shared by a tile and scored by all its rows would let later tokens choose what earlier ones see,
-which is a label leak. Here a tile's base is scored by the `tile` rows before it and its first row; its
-late blocks enter at the row that asked for them.
+A list shared by a tile and scored by all its rows would let later tokens choose what earlier ones
+see, which is a label leak. Here a tile's base is scored by the `tile` rows before it and its first
+row; its late blocks enter at the row that asked for them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,19 +47,21 @@ def select(
         q: [T, Hq, D], packed documents.
         k: [Tk, Hkv, D]; Hkv divides Hq.
         budget: the law k(n).
-        cu_seqlens: [documents + 1], boundaries of the documents in q; None: one document. A sequence of
-            ints saves the copy from the device.
+        cu_seqlens: [documents + 1], boundaries of the documents in q; None: one document. A
+            sequence of ints saves the copy from the device.
         cu_seqlens_k: the same in k, if a document has more keys than queries (cached decoding): the
             queries are its last ones.
         scale: softmax scale; None: D ** -0.5.
         block: keys of a block; a power of two.
         tile: queries of a tile; a power of two. None: the largest power of two <= 128 / G within
-            [16, 64]. Where no document has more than one query (a decoding step) a tile is that row.
+            [16, 64]. Where no document has more than one query (a decoding step) a tile is that
+            row.
         score: "mass", "mean", "minmax", "exact", or a callable (`scores.RowScores`) that gets the
             complete blocks [H, N, block, D] themselves.
 
     Raises:
-        ValueError: shapes, boundaries, block, tile or score do not fit; the message names the argument.
+        ValueError: shapes, boundaries, block, tile or score do not fit; the message names the
+            argument.
     """
     _check_tensors(q, k)
     if not isinstance(budget, Budget):
@@ -68,7 +71,9 @@ def select(
         raise ValueError(
             f"k has {k.shape[0]} tokens and q {q.shape[0]}: give cu_seqlens_k where they differ"
         )
-    keys = queries if cu_seqlens_k is None else _boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    keys = (
+        queries if cu_seqlens_k is None else _boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    )
     _check(queries, keys, block, tile)
     scorer = get_scorer(score)
 
@@ -81,7 +86,8 @@ def select(
     if plan.raised_to and (budget, block, tile) not in _warned:
         _warned.add((budget, block, tile))
         warnings.warn(
-            f"{budget} is below what is always kept (sink and local window, in whole blocks of {block}): "
+            f"{budget} is below what is always kept (sink and local window, in whole blocks of "
+            f"{block}): "
             f"with tile={tile} the effective minimum is {plan.raised_to} keys",
             stacklevel=3,
         )
@@ -111,7 +117,9 @@ def default_tile(groups: int) -> int:
 def _choose(
     q: Tensor, k: Tensor, plan: Plan, scorer: Scorer, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Base columns, late columns and late entries of all sparse tiles, int32 [Hkv, slots of the kind]."""
+    """Base columns, late columns and late entries of all sparse tiles, int32 [Hkv, slots of the
+    kind].
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     blocks = key_blocks(k, plan).to(dtype)
     heads, dim = k.shape[1], k.shape[2]
@@ -122,8 +130,9 @@ def _choose(
         sparse = np.flatnonzero(plan.sparse[first:last])
         if not len(sparse):
             continue
-        # A document is scored by itself: matrix products round by shape, and its blocks must not depend
-        # on what it is packed with. The tile before the first sparse one is that one's recent past.
+        # A document is scored by itself: matrix products round by shape, and its blocks must not
+        # depend on what it is packed with. The tile before the first sparse one is that one's
+        # recent past.
         first, last = first + max(int(sparse[0]) - 1, 0), first + int(sparse[-1]) + 1
         begin, end = int(plan.row_start[first]), plan.queries[document + 1]
         rows = (last - first) * plan.tile
@@ -201,7 +210,9 @@ def _choose_strip(
         tiles = np.flatnonzero(late == slots)
         place = torch.from_numpy(starts[tiles][:, None] + np.arange(slots)).to(device)
         exists = torch.from_numpy(plan.rows[begin + tiles]).to(device)
-        picked, asked = _ask(scores, eligible, torch.from_numpy(tiles).to(device), int(slots), exists)
+        picked, asked = _ask(
+            scores, eligible, torch.from_numpy(tiles).to(device), int(slots), exists
+        )
         columns[:, place], entry[:, place] = picked, asked
     return base, columns, entry
 
@@ -211,12 +222,15 @@ def _ask(
 ) -> tuple[Tensor, Tensor]:
     """Late columns and entries of the given tiles, int32 [Hkv, tiles, slots].
 
-    eligible: bool [Hkv, strip, blocks], candidates outside the base; exists: rows that each tile has.
+    eligible: bool [Hkv, strip, blocks], candidates outside the base; exists: rows that each tile
+        has.
     """
     size = scores.shape[2]
     rows = torch.tensor(late_rows(slots, size), device=scores.device)
     asking, times = rows.unique(return_counts=True)
-    wishes = scores[:, tiles][:, :, asking].masked_fill(~eligible[:, tiles][:, :, None], float("-inf"))
+    wishes = scores[:, tiles][:, :, asking].masked_fill(
+        ~eligible[:, tiles][:, :, None], float("-inf")
+    )
     picks = []
     for _ in range(int(times.max())):
         best = wishes.argmax(-1, keepdim=True)  # the first of equals
@@ -232,7 +246,9 @@ def _ask(
     return columns.masked_fill_(empty, -1), entry.masked_fill_(empty, size)
 
 
-def _boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int) -> tuple[int, ...]:
+def _boundaries(
+    name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int
+) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, total)
     bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
@@ -242,7 +258,7 @@ def _boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int
     if not bounds or bounds[0] != 0 or bounds[-1] != total:
         ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "empty"
         raise ValueError(f"{name} must run from 0 to the {total} tokens given, got {ends}")
-    if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(b < a for a, b in pairwise(bounds)):
         raise ValueError(f"{name} must not fall, got {bounds}")
     return bounds
 
@@ -250,14 +266,17 @@ def _boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int
 def _check_tensors(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(f"{name} must be floating [tokens, heads, head_dim], got {_describe(x)}")
+            raise ValueError(
+                f"{name} must be floating [tokens, heads, head_dim], got {_describe(x)}"
+            )
     if q.shape[2] != k.shape[2] or q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
             f"q and k must agree in head_dim, dtype and device: q {_describe(q)}, k {_describe(k)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"the {k.shape[1]} heads of k must divide the {q.shape[1]} heads of q (grouped-query attention)"
+            f"the {k.shape[1]} heads of k must divide the {q.shape[1]} heads of q "
+            "(grouped-query attention)"
         )
 
 

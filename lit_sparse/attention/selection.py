@@ -41,8 +41,8 @@ class Selection:
     Args:
         plan: tiles, list lengths and everything else that document lengths determine.
         columns: int32 [Hkv, slots], kept blocks; -1 is a late slot left empty.
-        entry: int32 [Hkv, slots], first row of the tile that sees the block: 0 for all but late ones,
-            `tile` in empty slots.
+        entry: int32 [Hkv, slots], first row of the tile that sees the block: 0 for all but late
+            ones, `tile` in empty slots.
     """
 
     plan: Plan
@@ -59,7 +59,9 @@ class Selection:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int64 [tiles + 1] on the host: the list of tile t is `columns[:, offsets[t]:offsets[t + 1]]`."""
+        """int64 [tiles + 1] on the host: the list of tile t is `columns[:, offsets[t]:offsets[t +
+        1]]`.
+        """
         return torch.from_numpy(self.plan.offsets)
 
     @cached_property
@@ -81,11 +83,15 @@ class Selection:
     def slot_tile(self) -> Tensor:
         """int64 [slots]: the tile of each slot."""
         lengths = np.diff(self.plan.offsets)
-        return torch.from_numpy(np.repeat(np.arange(self.plan.tiles), lengths)).to(self.columns.device)
+        return torch.from_numpy(np.repeat(np.arange(self.plan.tiles), lengths)).to(
+            self.columns.device
+        )
 
     @cached_property
     def slot_block(self) -> Tensor:
-        """int64 [Hkv, slots]: the kept block counted over all documents, -1 where the slot is empty."""
+        """int64 [Hkv, slots]: the kept block counted over all documents, -1 where the slot is
+        empty.
+        """
         first = torch.from_numpy(self.plan.first_block[self.plan.document]).to(self.columns.device)
         columns = self.columns.long()
         return torch.where(columns < 0, columns, columns + first[self.slot_tile])
@@ -97,21 +103,27 @@ class Selection:
         rows = torch.from_numpy(plan.rows).to(device)[self.slot_tile]
         start = torch.from_numpy(plan.start).to(device)[self.slot_tile]
         first, end = self.entry.long(), rows
-        # Row r of the tile sees clip(start + r + 1 - key, 0, block) keys of the block that starts at `key`.
+        # Row r of the tile sees clip(start + r + 1 - key, 0, block) keys of the block that starts
+        # at `key`.
         key = self.columns.long() * plan.block
         kept = _ramp(start + end - key, plan.block) - _ramp(start + first - key, plan.block)
-        kept = torch.where(self.columns >= 0, kept.clamp(min=0), 0).sum().item()
+        pairs = int(torch.where(self.columns >= 0, kept.clamp(min=0), 0).sum())
         lengths = np.diff(plan.queries)
         causal = int((lengths * (lengths + 1) // 2 + lengths * plan.context).sum())
-        return kept / (causal * len(self.columns)) if causal else 1.0
+        return pairs / (causal * len(self.columns)) if causal else 1.0
 
     def entry_table(self) -> Tensor:
-        """int16 [Hkv, tiles, blocks of the longest document]: first row that sees a block, or `tile`."""
+        """int16 [Hkv, tiles, blocks of the longest document]: first row that sees a block, or
+        `tile`.
+        """
         blocks = int(np.diff(self.plan.first_block).max(initial=0))
         heads = len(self.columns)
         # One column more takes the writes of the empty slots.
         table = torch.full(
-            (heads, self.plan.tiles, blocks + 1), self.tile, dtype=torch.int16, device=self.columns.device
+            (heads, self.plan.tiles, blocks + 1),
+            self.tile,
+            dtype=torch.int16,
+            device=self.columns.device,
         )
         columns = torch.where(self.columns < 0, blocks, self.columns).long()
         index = self.slot_tile * (blocks + 1) + columns
@@ -119,12 +131,17 @@ class Selection:
         return table[..., :blocks]
 
     def rows_mask(self, rows: Tensor, keys: int) -> Tensor:
-        """bool [Hkv, R, keys]: which keys of their own document (numbered from 0) the packed `rows` keep.
+        """bool [Hkv, R, keys]: which keys of their own document (numbered from 0) the packed
+        `rows` keep.
 
         The causal mask is included; positions past the end of a row's document are False.
         """
         device = self.columns.device
-        tile = torch.bucketize(rows, torch.from_numpy(self.plan.row_start).to(device), right=True) - 1
+        if not self.plan.tiles:
+            return self.columns.new_zeros(len(self.columns), len(rows), keys, dtype=torch.bool)
+        tile = (
+            torch.bucketize(rows, torch.from_numpy(self.plan.row_start).to(device), right=True) - 1
+        )
         row = rows - torch.from_numpy(self.plan.row_start).to(device)[tile]
         position = torch.from_numpy(self.plan.start).to(device)[tile] + row
         key = torch.arange(keys, device=device)
@@ -137,7 +154,9 @@ class Selection:
         return self.entry_table()
 
     def to_mask(self) -> Tensor:
-        """bool [Hkv, Tq, Tk]: causal mask, documents and late entries included. Quadratic: for tests."""
+        """bool [Hkv, Tq, Tk]: causal mask, documents and late entries included. Quadratic: for
+        tests.
+        """
         plan, device = self.plan, self.columns.device
         mask = self.columns.new_zeros(
             len(self.columns), plan.queries[-1], plan.keys[-1], dtype=torch.bool
@@ -156,8 +175,8 @@ class Selection:
             groups: query heads per key-value head; the mask has Hkv * groups heads.
 
         Raises:
-            ValueError: documents do not start at multiples of tile and block (FlexAttention's grid is
-                that of the whole row), or queries and keys differ.
+            ValueError: documents do not start at multiples of tile and block (FlexAttention's grid
+                is that of the whole row), or queries and keys differ.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -167,14 +186,19 @@ class Selection:
         step = max(self.tile, self.block)
         if any(b % step for b in plan.queries):
             raise ValueError(
-                f"to_block_mask needs documents that start at multiples of {step} tokens, got {plan.queries}"
+                f"to_block_mask needs documents that start at multiples of {step} tokens, got "
+                f"{plan.queries}"
             )
         blocks = plan.keys[-1] // self.block
         # 0 dropped, 1 needs the mask, 2 kept whole.
-        kind = torch.zeros(heads, plan.tiles, blocks + 1, dtype=torch.int8, device=self.columns.device)
+        kind = torch.zeros(
+            heads, plan.tiles, blocks + 1, dtype=torch.int8, device=self.columns.device
+        )
         masked = torch.from_numpy(plan.offsets[:-1] + plan.full).to(kind.device)[self.slot_tile]
         whole = torch.arange(self.columns.shape[1], device=kind.device) < masked
-        target = torch.where(self.slot_block < 0, blocks, self.slot_block) + self.slot_tile * (blocks + 1)
+        target = torch.where(self.slot_block < 0, blocks, self.slot_block) + self.slot_tile * (
+            blocks + 1
+        )
         kind.view(heads, -1).scatter_(1, target, (1 + whole.to(torch.int8)).expand(heads, -1))
         kind = kind[..., :blocks].repeat_interleave(groups, 0)
         first_block = torch.from_numpy(plan.first_block[plan.document]).to(kind.device)
@@ -190,7 +214,9 @@ class Selection:
             return seen & (column >= 0) & (key <= start[t] + q_idx % tile)
 
         def ordered(flag: Tensor) -> tuple[Tensor, Tensor]:
-            indices = flag.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+            indices = (
+                flag.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+            )
             return flag.sum(-1, dtype=torch.int32)[None], indices[None]
 
         return BlockMask.from_kv_blocks(

@@ -151,7 +151,9 @@ class PackedTextDataModule(LightningDataModule):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the validation text / its tokens (document ends not counted); 1.0 for bytes."""
+        """UTF-8 bytes of the validation text / its tokens (document ends not counted); 1.0 for
+        bytes.
+        """
         if self._bytes_per_token is None:
             self._bytes_per_token = bytes_per_token(self.validation_store, self.text_tokenizer)
         return self._bytes_per_token

@@ -128,7 +128,8 @@ def unigram_bits(train: TokenStore, validation: TokenStore) -> float:
 
 
 def bytes_per_token(store: TokenStore, tokenizer: Tokenizer) -> float:
-    """UTF-8 bytes of the store's text / its tokens, over at most the first 2^20 tokens; NaN if empty.
+    """UTF-8 bytes of the store's text / its tokens, over at most the first 2^20 tokens; NaN if
+    empty.
 
     Document ends do not count. Bits per token over this are bits per byte, which compare across
     tokenizers.

@@ -1,4 +1,6 @@
-"""The context-length curriculum: which document length, RoPE rule and attention a step trains with."""
+"""The context-length curriculum: which document length, RoPE rule and attention a step trains
+with.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Stage:
         length: longest piece of a document in a row, in tokens.
         steps: optimizer steps of the stage.
         rope: RoPE parameters of the stage in the names of transformers, for example
-            `{"rope_theta": 50000.0}`; what is left out keeps the value that it had. None: no change.
+            `{"rope_theta": 50000.0}`; what is left out keeps the value that it had. None: no
+            change.
         attention: "sparse" by the budget, or "dense" (a first dense stage serves as warm-up).
     """
 
@@ -28,7 +31,8 @@ class Stage:
 
 
 class Curriculum:
-    """Stages in order. A pure function of the optimizer step, so that a resumed run finds its place.
+    """Stages in order. A pure function of the optimizer step, so that a resumed run finds its
+    place.
 
     Args:
         stages: at least one; lengths must not fall.
@@ -47,7 +51,9 @@ class Curriculum:
             if stage.steps < 1:
                 raise ValueError(f"{where}.steps must be >= 1, got {stage.steps}")
             if stage.attention not in ("sparse", "dense"):
-                raise ValueError(f"{where}.attention must be sparse or dense, got {stage.attention!r}")
+                raise ValueError(
+                    f"{where}.attention must be sparse or dense, got {stage.attention!r}"
+                )
             if i and stage.length < stages[i - 1].length:
                 raise ValueError(
                     f"{where}.length = {stage.length} is shorter than the stage before it "
@@ -66,7 +72,9 @@ class Curriculum:
         while lengths[-1] * 2 <= last:
             lengths.append(lengths[-1] * 2)
         if lengths[-1] != last:
-            raise ValueError(f"{last} is not {first} doubled: the last stage would be {lengths[-1]}")
+            raise ValueError(
+                f"{last} is not {first} doubled: the last stage would be {lengths[-1]}"
+            )
         return cls([Stage(length=length, steps=steps, **others) for length in lengths])
 
     @property
@@ -78,7 +86,9 @@ class Curriculum:
         return self.stages[-1].length
 
     def index_at(self, step: int) -> int:
-        """Index of the stage that optimizer step `step` (from 0) trains in; past the end, the last."""
+        """Index of the stage that optimizer step `step` (from 0) trains in; past the end, the
+        last.
+        """
         return min(bisect_right(self.ends, step), len(self.stages) - 1)
 
     def at(self, step: int) -> Stage:
@@ -90,12 +100,14 @@ class Curriculum:
             where = f"curriculum.stages[{i}].length"
             if stage.length > row_tokens:
                 raise ValueError(
-                    f"{where} = {stage.length} exceeds data.row_tokens = {row_tokens}: a row holds whole "
+                    f"{where} = {stage.length} exceeds data.row_tokens = {row_tokens}: a row "
+                    "holds whole "
                     f"pieces, so set data.row_tokens to the longest stage ({self.longest})"
                 )
             if block is not None and stage.length % block:
                 below = stage.length // block * block
                 raise ValueError(
-                    f"{where} = {stage.length} is not a multiple of the attention block ({block} keys); "
+                    f"{where} = {stage.length} is not a multiple of the attention block "
+                    f"({block} keys); "
                     f"the nearest that are: {below or block} and {below + block}"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule
@@ -16,7 +16,8 @@ from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
 
 
 class SparseLM(LightningModule):
-    """A causal language model, AdamW with warm-up and cosine decay, and a loss that is right by tokens.
+    """A causal language model, AdamW with warm-up and cosine decay, and a loss that is right by
+    tokens.
 
     The model is an ordinary transformers one; the `SparseAttention` callback makes it sparse.
     Batches are those of `PackedTextDataModule`.
@@ -56,19 +57,23 @@ class SparseLM(LightningModule):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
         self.save_hyperparameters()
-        self.model = build_model(pretrained, architecture)
+        self.model: Any = build_model(pretrained, architecture)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._step_has_tokens = False
 
     def on_fit_start(self) -> None:
-        tokens = getattr(self.trainer.datamodule, "vocab_size", None)
+        tokens = getattr(self._datamodule, "vocab_size", None)
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
                 "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
             )
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     def token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of loss tokens of one packed row."""
@@ -94,7 +99,8 @@ class SparseLM(LightningModule):
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not self._step_has_tokens:
-            # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn from.
+            # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn
+            # from.
             optimizer.zero_grad(set_to_none=True)
             self.log("train/steps_without_tokens", 1.0, reduce_fx="sum")
 
@@ -106,11 +112,12 @@ class SparseLM(LightningModule):
         self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        # By tokens over all rows and ranks: a mean of row means would favour rows of many short pieces.
-        total, count = self.all_gather(self._validation).view(-1, 2).sum(0)
+        # By tokens over all rows and ranks: a mean of row means would favour rows of many short
+        # pieces.
+        total, count = cast(Tensor, self.all_gather(self._validation)).view(-1, 2).sum(0)
         loss = (total / count.clamp(min=1)).float()
         self.log("val/loss", loss)
-        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)
+        bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
         if bytes_per_token is not None:
             self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
 
@@ -118,9 +125,10 @@ class SparseLM(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         embeddings = {id(self.model.get_input_embeddings().weight)}
-        decay, keep = [], []
+        decay: list[Tensor] = []
+        keep: list[Tensor] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
                 matrix = parameter.dim() >= 2 and id(parameter) not in embeddings

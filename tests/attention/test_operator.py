@@ -80,7 +80,8 @@ def test_error_is_that_of_plain_attention_in_the_same_dtype(
     ours = with_grads(_attend(selection, backend), q, k, v)
     for i, (name, allowed) in enumerate((("out", 2), ("dq", 3), ("dk", 3), ("dv", 3))):
         error, yardstick, fast = (
-            ((x[i].double() - exact[i]).norm() / exact[i].norm()).item() for x in (ours, plain, flash)
+            ((x[i].double() - exact[i]).norm() / exact[i].norm()).item()
+            for x in (ours, plain, flash)
         )
         if dtype == torch.float32 and name != "out":
             yardstick = max(yardstick, fast)

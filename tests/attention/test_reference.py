@@ -64,9 +64,9 @@ def test_masks_by_key_value_head_by_query_head_or_for_all(packed):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("lengths", [[21], [9, 0, 14]])
+@pytest.mark.parametrize("lengths", [[12], [5, 0, 9]])
 def test_gradcheck(backend, lengths, packed, boundaries):
-    q, k, v = (x.requires_grad_() for x in packed(sum(lengths), 2, 1, dim=4))
+    q, k, v = (x.requires_grad_() for x in packed(sum(lengths), 2, 1, dim=3))
     budget = Budget.fixed(8, sink=2, local=0.0, late=0.5)
     selection = select(q, k, budget, boundaries(lengths), block=2, tile=2)
     assert not selection.keeps_everything

@@ -180,9 +180,7 @@ def _pairwise_cover(axes, seed=0):
     }
 
     def pairs(case):
-        return {
-            (a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)
-        }
+        return {(a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)}
 
     cases = []
     while left:

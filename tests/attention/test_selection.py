@@ -162,15 +162,21 @@ def test_each_selection_owns_its_lists(packed):
         assert torch.equal(selection.entry, entry)
 
 
-@pytest.mark.parametrize("lengths", [[128], [64, 0, 128, 32], [96, 96]])
-@pytest.mark.parametrize("tiling", [(16, 16), (16, 32), (32, 16)])
-@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("lengths", "tiling", "heads"),
+    [
+        ([128], (16, 16), (4, 2)),
+        ([64, 0, 192, 32], (16, 32), (2, 2)),
+        ([160, 160], (32, 16), (3, 1)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")
 def test_block_mask_through_flex_attention(lengths, tiling, heads, packed, boundaries):
     q, k, v = packed(sum(lengths), *heads, dtype=torch.float32)
     block, tile = tiling
     budget = Budget.fixed(96, sink=8, local=0.0, late=0.5)
     selection = select(q, k, budget, boundaries(lengths), block=block, tile=tile)
+    assert not selection.keeps_everything
     groups = heads[0] // heads[1]
     block_mask = selection.to_block_mask(groups)
     expected, _ = sparse_attention(q, k, v, selection, backend="cpu")

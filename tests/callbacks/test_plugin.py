@@ -1,0 +1,141 @@
+"""The Lightning user: a module of their own, and our callbacks beside it."""
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lit_sparse import Budget
+from lit_sparse.callbacks import CollapseMonitor, DenseGapMonitor, SparseAttention, Throughput
+from lit_sparse.models import is_sparse, law_of
+
+BUDGET = Budget(alpha=1, exponent=0.5, floor=32, sink=8)
+
+
+class TheirModule(LightningModule):
+    def __init__(self, architecture):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(LlamaConfig(**architecture))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch, labels=batch["input_ids"]).loss
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.model(**batch, labels=batch["input_ids"]).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def _batches(count=6):
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": torch.randint(257, (2, 256), generator=generator)} for _ in range(count)]
+    return torch.utils.data.DataLoader(rows, batch_size=None)
+
+
+def _trainer(callbacks, **options):
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        **options,
+    }
+    return Trainer(**settings)
+
+
+def _plugin():
+    return SparseAttention(BUDGET, block=16, tile=16)
+
+
+def test_a_module_of_ones_own_trains_and_logs(architecture, tmp_path):
+    module = TheirModule(architecture)
+    monitors = [CollapseMonitor(every_n_steps=2), DenseGapMonitor(every_n_steps=2)]
+    trainer = _trainer(
+        [*monitors, Throughput(), _plugin()], logger=TensorBoardLogger(tmp_path, version="")
+    )
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer.fit(module, _batches(), _batches(2))
+
+    assert law_of(module.model).budget == BUDGET
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    events = EventAccumulator(trainer.log_dir, size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    expected = {
+        "loss",
+        "val_loss",
+        "curriculum/budget",
+        "curriculum/density",
+        "gap/captured_mass",
+        "gap/output_error",
+        "gap/kl",
+        "gap/loss_delta",
+        "collapse/entropy_ratio",
+        "collapse/max_weight",
+        "collapse/rank_residual",
+        "train/tokens_per_second",
+    }
+    assert expected <= set(tags["scalars"])
+    assert {"gap/by_layer_and_head", "collapse/by_layer_and_head"} <= set(tags["images"])
+    assert events.Scalars("curriculum/budget")[0].value == 32
+    density = events.Scalars("curriculum/density")[0].value
+    assert 0.2 < density < 0.9
+    masses = [scalar.value for scalar in events.Scalars("gap/captured_mass")]
+    assert len(set(masses)) == 3  # Lightning repeats the last value between measurements
+    assert all(0 < mass < 1 for mass in masses)
+
+
+def test_monitors_do_not_change_training(architecture):
+    weights = []
+    for monitors in ([], [CollapseMonitor(every_n_steps=1), DenseGapMonitor(every_n_steps=1)]):
+        module = TheirModule(architecture)
+        _trainer([*monitors, _plugin()]).fit(module, _batches(), _batches(1))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_budget_that_keeps_everything_trains_as_sdpa_does(architecture):
+    weights = []
+    for callbacks in ([], [SparseAttention(Budget.dense(), block=16)]):
+        module = TheirModule(architecture)
+        _trainer(callbacks).fit(module, _batches(2))
+        assert is_sparse(module.model) == bool(callbacks)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+
+
+def test_validating_alone_is_sparse_too(architecture):
+    module = TheirModule(architecture)
+    _trainer([_plugin()]).validate(module, _batches(1), verbose=False)
+    assert is_sparse(module.model)
+
+
+def test_a_module_without_a_transformers_model_is_refused():
+    class Plain(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="Plain holds no transformers model"):
+        _trainer([_plugin()]).fit(Plain(), _batches(1))
+
+
+def test_a_monitor_without_a_sparse_model_says_what_to_add(architecture):
+    with pytest.raises(ValueError, match=r"add SparseAttention\(Budget"):
+        _trainer([DenseGapMonitor()]).fit(TheirModule(architecture), _batches(1))
