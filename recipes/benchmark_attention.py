@@ -111,8 +111,8 @@ def warning(results: list[dict[str, Any]], threads: int) -> str | None:
     line = f"DISTURBED: other processes kept up to {worst:.1f} cores busy during the timed runs."
     if threads > 1:
         line += (
-            " With several threads that slows the sparse side more than the dense one, so the "
-            "ratios say little: repeat on a quiet machine, or with --threads 1."
+            " With several threads the sparse side has been seen to lose far more by that than the "
+            "dense one, so the ratios say little: repeat on a quiet machine, or with --threads 1."
         )
     return line
 

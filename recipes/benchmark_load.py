@@ -1,7 +1,7 @@
 """How many cores other processes kept busy during a measurement.
 
-Taking turns does not cancel such load: the sparse backend synchronises its threads far more often
-than the dense kernel, and waits each time for a thread that has lost its core.
+Taking turns does not cancel such load. With several threads the sparse backend, which synchronises
+them far more often than the dense kernel, was seen to lose several times as much to it.
 """
 
 from __future__ import annotations

@@ -47,9 +47,12 @@ class SparseCLI(LightningCLI):
         parser.add_lightning_class_args(SparseAttention, "sparse_attention")
         parser.add_lightning_class_args(ContextCurriculum, "curriculum")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_top_k": -1})
         parser.set_defaults(
             {
+                # After each validation, that is at least at every stage's end; all are kept.
+                "checkpoint.filename": "{step}",
+                "checkpoint.save_top_k": -1,
+                "checkpoint.save_on_train_epoch_end": False,
                 "trainer.log_every_n_steps": 10,
                 # One pass over the row index is the whole run, and it divides rows among ranks
                 # itself.
@@ -72,9 +75,6 @@ class SparseCLI(LightningCLI):
             config.ckpt_path = self.run.checkpoint(config.ckpt_path)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run.path / "checkpoints")
-        if self.subcommand == "fit":
-            # Before hours of work, and before anything of another run could be touched.
-            self.run.prepare(resume=bool(config.get("ckpt_path")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").get("logger") in (None, True):
@@ -86,8 +86,18 @@ class SparseCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
+        # After all keys were checked, before anything is written.
+        self.run.prepare(resume=bool(self.config[self.subcommand].get("ckpt_path")))
         self.datamodule.setup()
         print(self.datamodule.describe(), flush=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if subcommand == "fit" and not _training_started(error):
+                self.run.discard()
+            raise
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 _MARKS = ("config.yaml", "checkpoints", "events.out.tfevents.*")
 """What a run leaves behind; a directory with any of these holds one."""
@@ -24,6 +24,7 @@ class Run:
     name: str | None = None
     root: str = "runs"
     overwrite: bool = False
+    _ours: bool = field(default=False, init=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -47,15 +48,24 @@ class Run:
                 "choose another "
                 "--run.name, or delete it with --run.overwrite true"
             )
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
+        fresh = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path):
+                pass
+        except OSError as error:
             raise ValueError(
-                f"run.root: {path} cannot be written ({existing} is not writable); choose "
-                "another --run.root"
-            )
+                f"run.root: {path} cannot be written ({error.strerror}); choose another --run.root"
+            ) from error
         if holds_run and not resume:
             shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        self._ours = fresh or (holds_run and not resume)
+
+    def discard(self) -> None:
+        """Take back what `prepare` made, for a run that ended before its first step."""
+        if self._ours:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def checkpoint(self, wanted: str) -> str:
         """The checkpoint file to continue from: a path, or "last" for the newest of this run.

@@ -35,7 +35,7 @@ def boundaries():
 
 @pytest.fixture
 def lists_of():
-    """A Selection as `reference.select_blocks` returns it; also checks that the lists are well formed."""
+    """A Selection as `reference.select_blocks` returns it; checks that lists are well formed."""
 
     def convert(selection):
         offsets = selection.offsets.tolist()

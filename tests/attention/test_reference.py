@@ -85,7 +85,7 @@ def test_topk_attention_by_brute_force(packed):
             for head in range(4):
                 logits = 0.4 * (k[: row + 1, head // 2] @ q[row, head])
                 count = min(5, row + 1) if budget == 5 else budget(row + 1)
-                top = sorted(range(row + 1), key=lambda i: -logits[i])[:count]  # noqa: B023
+                top = sorted(range(row + 1), key=lambda i: -logits[i])[:count]
                 weights = logits[top].softmax(0)
                 expected = weights @ v[top, head // 2]
                 torch.testing.assert_close(out[row, head], expected, rtol=1e-11, atol=1e-11)

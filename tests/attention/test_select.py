@@ -63,13 +63,14 @@ def test_ties_go_to_the_lower_block(lists_of):
 
 
 def test_what_is_always_kept_takes_part_in_the_softmax(lists_of):
-    # Row 12 gives nearly all its mass to the sink and has hardly any left for block 3; the two rows
-    # before are weaker but have nothing better than block 1.
-    wishes = {10: {1: 2.0}, 11: {1: 2.0}, 12: {0: 9.0, 3: 6.0}}
-    assert (1, 0) in _last_list(wishes, 10, 0.0, lists_of)
-    without = {10: {1: 2.0}, 11: {1: 2.0}, 12: {3: 6.0}}
-    assert (1, 0) in _last_list(without, 10, 0.0, lists_of)
-    assert (3, 0) in _last_list({10: {1: 0.5}, 11: {1: 0.5}, 12: {3: 6.0}}, 10, 0.0, lists_of)
+    # Row 12 gives nearly all its mass to the sink: what is left for block 3 is less than what two
+    # undecided rows have for block 1.
+    options = {"keys": 10, "late": 0.0, "lists_of": lists_of}
+    undecided = {10: {1: 0.5}, 11: {1: 0.5}}
+    assert (1, 0) in _last_list({**undecided, 12: {0: 9.0, 3: 6.0}}, **options)
+    assert (3, 0) in _last_list({**undecided, 12: {3: 6.0}}, **options)
+    # The same for the local window.
+    assert (1, 0) in _last_list({**undecided, 12: {5: 9.0, 3: 6.0}}, **options)
 
 
 def test_one_late_slot_is_asked_for_by_the_middle_row(lists_of):
@@ -112,7 +113,7 @@ def test_a_sink_covers_whole_blocks(lists_of):
 
 
 def test_masses_are_softmax_not_logits_and_add_over_the_heads_of_a_group(lists_of):
-    # Head 0 spends all its mass on block 1 however strongly it asks; heads 1 and 2 both want block 3.
+    # Head 0 spends all its mass on block 1 however strongly it asks; 1 and 2 both want block 3.
     q, k = _pointing({})
     q = q.repeat(1, 3, 1)
     q[12, 0, 1], q[12, 1, 3], q[12, 2, 3] = 900.0, 20.0, 20.0
