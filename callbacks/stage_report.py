@@ -23,6 +23,7 @@ _COLUMNS = (
     ("bits/byte", "val/bits_per_byte", "{:.3f}"),
     ("unigram", "unigram_bits_per_byte", "{:.3f}"),
     ("passkey", "passkey/teacher_forced", "{:.0%}"),
+    ("digits", "passkey/token_accuracy", "{:.0%}"),
     ("generated", "passkey/generated", "{:.0%}"),
     ("captured", "gap/captured_mass", "{:.3f}"),
     ("KL to dense", "gap/kl", "{:.4f}"),

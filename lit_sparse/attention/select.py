@@ -169,7 +169,9 @@ def _choose_document(
             rows, summary[:, :blocks], hidden.repeat_interleave(plan.tile, 0), scale
         ).unflatten(1, (stop - begin, plan.tile))
         # What a broken activation scores is decided by index, so that the lists stay well formed.
-        scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(q.dtype).max)
+        # Finite sums, above the -inf of what is no candidate.
+        limit = torch.finfo(scores.dtype).max / (4 * plan.tile)
+        scores = scores.nan_to_num(nan=0.0, posinf=limit, neginf=-limit)
         recent = torch.zeros_like(scores[:, :, 0])
         recent[:, 0, : past.shape[1]] = past
         recent[:, 1:] = scores[:, :-1].sum(2)

@@ -157,6 +157,38 @@ def test_broken_inputs_give_well_formed_lists(score, bad, into, packed, lists_of
             assert len(columns) > full
 
 
+def test_a_broken_row_has_no_say_and_the_others_decide(packed):
+    q, k, _ = packed(200, 2, 1, scale=3.0)
+    clean = select(q, k, TIGHT, block=8, tile=8)
+    silent, broken = q.clone(), q.clone()
+    # A row of zeros spreads its mass evenly: it changes no ranking.
+    for row in (101, 120, 144, 150, 171):
+        silent[row], broken[row] = 0, float("nan")
+    expected = select(silent, k, TIGHT, block=8, tile=8)
+    assert not torch.equal(clean.columns, expected.columns)
+    found = select(broken, k, TIGHT, block=8, tile=8)
+    assert torch.equal(found.columns, expected.columns)
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), float("-inf")])
+def test_lists_are_well_formed_whatever_a_callable_scores(worst, packed, lists_of):
+    q, k, _ = packed(200, 2, 1)
+
+    def score(q, blocks, hidden, scale):
+        scores = torch.zeros(*q.shape[:2], blocks.shape[1], dtype=q.dtype)
+        scores[..., ::2] = worst
+        return scores
+
+    selection = select(q, k, TIGHT, block=8, tile=8, score=score)
+    for (_, _, tile), blocks in lists_of(selection).items():  # in range, none twice
+        assert len(blocks) >= len(range(int(selection.plan.full[tile]))) + 1
+    everywhere, nowhere = (
+        select(q, k, TIGHT, block=8, tile=8, score=lambda *x: score(*x).fill_(value))  # noqa: B023
+        for value in (worst, 0.0)
+    )
+    assert lists_of(everywhere) == lists_of(nowhere)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("into", [0, 1, 2])
 def test_nan_shows_in_the_rows_that_see_it(backend, into, packed):

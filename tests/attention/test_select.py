@@ -247,6 +247,18 @@ def test_the_cover_reaches_base_and_late_slots(packed, boundaries):
     assert shared > len(ROOMY_CASES) / 4
 
 
+@pytest.mark.parametrize(
+    ("local", "late"), [(0.07, 0.0), (0.07, 0.29), (0.0, 0.29), (0.14, 0.58), (0.28, 0.57)]
+)
+def test_shares_are_the_decimals_that_were_written(local, late, packed, lists_of):
+    """0.07 * 100 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996 in floating point."""
+    q, k, _ = packed(260, 1, 1, dim=4)
+    for keys in (100, 102, 107, 109, 114):
+        budget = Budget.fixed(keys, sink=0, local=local, late=late)
+        selection = select(q, k, budget, block=1, tile=1)
+        assert lists_of(selection) == reference.select_blocks(q, k, budget, [260], block=1, tile=1)
+
+
 CACHED = {
     "one query": ([1], [300]),
     "one query each": ([1, 1, 1], [129, 1, 300]),

@@ -7,10 +7,9 @@ import torch
 from lit_sparse.attention import select
 from lit_sparse.attention.reference import select_blocks
 from lit_sparse.budget import Budget
-from lit_sparse.recipes import benchmark_attention, benchmark_load
-from lit_sparse.recipes.benchmark import main
-from lit_sparse.recipes.benchmark_report import render_table
-from lit_sparse.recipes.benchmark_steps import Problem, packed_inputs
+from lit_sparse.recipes.benchmark import attention, load, main
+from lit_sparse.recipes.benchmark.report import render_table
+from lit_sparse.recipes.benchmark.steps import Problem, packed_inputs
 
 OPTIONS = """
     --device cpu --threads 1 --heads 4 --kv-heads 2 --head-dim 16
@@ -122,16 +121,16 @@ def test_memory_is_measured_for_both_sides(tmp_path, capsys):
 
 
 def test_long_lengths_run_densely_once(monkeypatch):
-    monkeypatch.setattr(benchmark_attention, "LONG", 64)
-    monkeypatch.setattr(benchmark_attention, "DENSE_MEMORY_UP_TO", 32)
-    monkeypatch.setattr(benchmark_attention, "peak_mib", lambda problem, side, threads: 8.0)
+    monkeypatch.setattr(attention, "LONG", 64)
+    monkeypatch.setattr(attention, "DENSE_MEMORY_UP_TO", 32)
+    monkeypatch.setattr(attention, "peak_mib", lambda problem, side, threads: 8.0)
     problem = Problem(128, 2, 1, 8, "float32", Budget(4, floor=0, sink=16), 16, 16)
-    result = benchmark_attention.measure(problem, repeats=2, threads=1)
+    result = attention.measure(problem, repeats=2, threads=1)
     assert len(result["sparse_runs_ms"]) == 2
     assert len(result["dense_runs_ms"]) == 1
     first = result["sparse_runs_ms"][0]["total"]
     assert result["ratio"] == result["dense_runs_ms"][0]["total"] / first
-    cells = benchmark_attention.cells(result)
+    cells = attention.cells(result)
     assert cells[7] == "1"
     assert cells[-4:] == ["8.0", "64.0", "-", "-"]
 
@@ -139,7 +138,7 @@ def test_long_lengths_run_densely_once(monkeypatch):
 def test_disturbed_runs_are_marked(monkeypatch, capsys):
     arguments = [*ATTENTION, "--no-memory", "--repeats", "1", "--lengths", "64"]
     for cores, marked in ((1.3, True), (0.0, False), (None, False)):
-        monkeypatch.setattr(benchmark_load.OtherLoad, "cores", lambda self, cores=cores: cores)
+        monkeypatch.setattr(load.OtherLoad, "cores", lambda self, cores=cores: cores)
         assert main(arguments) == 0
         printed = capsys.readouterr().out
         assert ("DISTURBED: other processes kept up to 1.3 cores busy" in printed) == marked
@@ -148,8 +147,8 @@ def test_disturbed_runs_are_marked(monkeypatch, capsys):
 def test_own_work_is_no_other_load(monkeypatch):
     # (seconds, busy seconds of all cores, busy seconds of this process)
     readings = iter([(10.0, 100.0, 5.0), (12.0, 107.0, 9.0)])
-    monkeypatch.setattr(benchmark_load, "_now", lambda: next(readings))
-    assert benchmark_load.OtherLoad().cores() == 1.5
+    monkeypatch.setattr(load, "_now", lambda: next(readings))
+    assert load.OtherLoad().cores() == 1.5
 
 
 def test_threads_are_put_back():

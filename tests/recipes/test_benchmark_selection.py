@@ -11,7 +11,7 @@ from lit_sparse.budget import Budget
 from lit_sparse.data import ByteTokenizer
 from lit_sparse.models import dense_attention, observe, sparsify
 from lit_sparse.recipes.benchmark import main
-from lit_sparse.recipes.benchmark_selection import Quality, Rule, far_blocks, rules
+from lit_sparse.recipes.benchmark.selection import Quality, Rule, far_blocks, rules
 
 LENGTH, BLOCK, TILE = 200, 8, 16
 BUDGET = Budget(3, 0.5, floor=0, sink=8, local=0.25, late=0.25)

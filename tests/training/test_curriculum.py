@@ -27,7 +27,10 @@ def test_doubling():
         ([Stage(0, 1)], r"curriculum.stages\[0\].length"),
         ([Stage(64, 0)], r"curriculum.stages\[0\].steps"),
         ([Stage(64, 1, attention="flash")], r"curriculum.stages\[0\].attention"),
-        ([Stage(128, 1), Stage(64, 1)], r"curriculum.stages\[1\].length = 64 is shorter .* \(128\)"),
+        (
+            [Stage(128, 1), Stage(64, 1)],
+            r"curriculum.stages\[1\].length = 64 is shorter .* \(128\)",
+        ),
     ],
 )
 def test_a_bad_stage_is_named(stages, message):
@@ -38,7 +41,11 @@ def test_a_bad_stage_is_named(stages, message):
 def test_check_names_the_stage_and_what_would_fit():
     curriculum = Curriculum([Stage(512, 1), Stage(1000, 1)])
     curriculum.check(row_tokens=1000)
-    with pytest.raises(ValueError, match=r"stages\[1\].length = 1000 exceeds data.row_tokens = 900"):
+    with pytest.raises(
+        ValueError, match=r"stages\[1\].length = 1000 exceeds data.row_tokens = 900"
+    ):
         curriculum.check(row_tokens=900)
-    with pytest.raises(ValueError, match=r"stages\[1\].length = 1000 .* nearest that are: 960 and 1024"):
+    with pytest.raises(
+        ValueError, match=r"stages\[1\].length = 1000 .* nearest that are: 960 and 1024"
+    ):
         curriculum.check(row_tokens=4096, block=64)

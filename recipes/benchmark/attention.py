@@ -6,10 +6,10 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from lit_sparse.recipes.benchmark_load import NOTICEABLE, OtherLoad
-from lit_sparse.recipes.benchmark_memory import peak_mib
-from lit_sparse.recipes.benchmark_report import number
-from lit_sparse.recipes.benchmark_steps import (
+from lit_sparse.recipes.benchmark.load import NOTICEABLE, OtherLoad
+from lit_sparse.recipes.benchmark.memory import peak_mib
+from lit_sparse.recipes.benchmark.report import number
+from lit_sparse.recipes.benchmark.steps import (
     Problem,
     Times,
     causal_pairs,
@@ -48,7 +48,7 @@ def measure(problem: Problem, repeats: int, threads: int, memory: bool = True) -
     """One length: all that the table shows, and the raw times in milliseconds.
 
     Sparse and dense runs take turns, so that slow changes of the machine hit both. Load of other
-    processes does not hit both alike (see `benchmark_load`), so it is measured too.
+    processes does not hit both alike (see `load`), so it is measured too.
     """
     packed, dense = packed_inputs(problem), dense_inputs(problem)
     dense_repeats = repeats if problem.length < LONG else 1

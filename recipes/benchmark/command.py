@@ -1,4 +1,4 @@
-"""lit-sparse benchmark: how fast sparse attention is, and how much of dense attention it keeps."""
+"""The command line of `lit-sparse benchmark`: arguments, the two jobs, what is printed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.budget import Budget
-from lit_sparse.recipes import benchmark_attention, benchmark_selection
-from lit_sparse.recipes.benchmark_report import (
+from lit_sparse.recipes.benchmark import attention, selection
+from lit_sparse.recipes.benchmark.report import (
     BadArgument,
     describe,
     environment,
@@ -22,7 +22,7 @@ from lit_sparse.recipes.benchmark_report import (
     wrap,
     write_json,
 )
-from lit_sparse.recipes.benchmark_steps import DTYPES, Problem
+from lit_sparse.recipes.benchmark.steps import DTYPES, Problem
 
 PROGRAM = "lit-sparse benchmark"
 
@@ -86,7 +86,7 @@ def _run_attention(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
         )
         for length in options.lengths
     ]
-    results = benchmark_attention.run(
+    results = attention.run(
         problems, options.repeats, torch.get_num_threads(), options.memory, _progress
     )
     problem = {key: value for key, value in problems[0].to_dict().items() if key != "length"}
@@ -95,10 +95,10 @@ def _run_attention(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
         f"heads, head_dim {options.head_dim}, {options.dtype}, {problems[0].budget}, "
         f"block {options.block}, tile {results[0]['tile']}, {options.repeats} sparse runs each"
     )
-    rows = [benchmark_attention.cells(result) for result in results]
-    table = render_table(benchmark_attention.GROUPS, rows)
-    lines = [*wrap(title), "", *table, "", *wrap(benchmark_attention.NOTE)]
-    disturbed = benchmark_attention.warning(results, torch.get_num_threads())
+    rows = [attention.cells(result) for result in results]
+    table = render_table(attention.GROUPS, rows)
+    lines = [*wrap(title), "", *table, "", *wrap(attention.NOTE)]
+    disturbed = attention.warning(results, torch.get_num_threads())
     if disturbed is not None:
         lines += wrap(disturbed)
     return {"problem": problem, "repeats": options.repeats, "results": results}, lines
@@ -107,7 +107,7 @@ def _run_attention(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
 def _run_selection(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     for name in ("length", "documents", "rows"):
         _at_least_one(name, getattr(options, name))
-    task = benchmark_selection.Task(
+    task = selection.Task(
         model=options.model,
         data=options.data,
         length=options.length,
@@ -118,16 +118,16 @@ def _run_selection(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
         tile=options.tile,
         dtype=options.dtype,
     )
-    result = benchmark_selection.run(task, _progress)
+    result = selection.run(task, _progress)
     title = (
         f"Selection quality: {task.model}, {result['layers']} layers of {result['heads']} query / "
         f"{result['kv_heads']} key-value heads, {len(result['documents'])} documents of "
         f"{task.length} tokens from {task.data}, {result['rows']} rows of the later half of each; "
         f"{task.budget}, sink {task.budget.sink}, local {task.budget.local:g}, block {task.block}"
     )
-    rows = [benchmark_selection.cells(entry) for entry in result["rules"]]
-    table = render_table(benchmark_selection.GROUPS, rows)
-    lines = [*wrap(title), "", *table, "", *wrap(benchmark_selection.NOTE)]
+    rows = [selection.cells(entry) for entry in result["rules"]]
+    table = render_table(selection.GROUPS, rows)
+    lines = [*wrap(title), "", *table, "", *wrap(selection.NOTE)]
     law = {"budget": task.budget.to_dict(), "block": task.block, "tile": task.tile}
     return {**law, **result}, lines
 

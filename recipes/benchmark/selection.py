@@ -20,8 +20,8 @@ from lit_sparse.attention.plan import Plan, make_plan
 from lit_sparse.attention.scores import SCORERS
 from lit_sparse.attention.select import default_tile
 from lit_sparse.budget import Budget
-from lit_sparse.recipes.benchmark_report import BadArgument, number
-from lit_sparse.recipes.benchmark_steps import SEED, causal_pairs, executed_pairs
+from lit_sparse.recipes.benchmark.report import BadArgument, number
+from lit_sparse.recipes.benchmark.steps import SEED, causal_pairs, executed_pairs
 
 LATE = (0.0, 0.1, 0.25)
 TILES = (16, 32, 64)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_sparse.recipes.benchmark_steps import (
+from lit_sparse.recipes.benchmark.steps import (
     Problem,
     dense_inputs,
     dense_step,
@@ -29,7 +29,7 @@ from lit_sparse.recipes.benchmark_steps import (
 )
 
 _WARM_UP = 2048
-_MODULE = "lit_sparse.recipes.benchmark_memory"
+_MODULE = "lit_sparse.recipes.benchmark.memory"
 
 
 def peak_mib(problem: Problem, side: Literal["sparse", "dense"], threads: int) -> float | None:
