@@ -108,7 +108,7 @@ def test_the_wheel_runs_the_quickstart_outside_the_checkout(tmp_path):
     pip = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel]
     subprocess.run(pip, check=True, capture_output=True)
     packages = Path(_python("import site; print(site.getsitepackages()[0])", pip[0]).strip())
-    # A plain path line: .pth files inside that folder, such as the editable install's, are not read.
+    # A plain path line: .pth files inside that folder (the editable install's) are not read.
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     _run_quickstart(environment, tmp_path)
 

@@ -43,7 +43,7 @@ def _join(pieces: Tensor, boundaries: tuple[int, ...], first: Ints) -> Tensor:
 
 
 def query_tiles(q: Tensor, plan: Plan, groups: int) -> Tensor:
-    """q [T, Hkv * G, D] as [Hkv, tiles, G * tile, D]: the rows of a tile, one head after the other."""
+    """q [T, Hkv * G, D] as [Hkv, tiles, G * tile, D]: a tile's rows, one head after the other."""
     heads, dim = q.shape[1] // groups, q.shape[2]
     tiles = _cut(q, plan.queries, plan.first_tile, plan.tile).unflatten(2, (heads, groups))
     return tiles.permute(2, 0, 3, 1, 4).reshape(heads, plan.tiles, groups * plan.tile, dim)

@@ -66,10 +66,10 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out = grads_out[0]
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False):
-            grads = cpu.backward(grad_out, *ctx.saved_tensors, ctx.selection, ctx.scale)
+            grads = cpu.backward(grad_out, q, k, v, out, lse, ctx.selection, ctx.scale)
         return *grads, None, None
 
 
