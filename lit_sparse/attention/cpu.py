@@ -109,11 +109,11 @@ def forward(
             values = grid.gather("values", grid.v, batch.blocks[step])
             logits = grid.buffer("logits", len(keys), rows.shape[1], keys.shape[1])
             torch.bmm(rows[step], keys.transpose(1, 2), out=logits)
-            logits[:, :, batch.whole :] += batch.mask[step]
+            logits[:, :, batch.whole :].add_(batch.mask[step])
             largest = logits.amax(-1, keepdim=True)
             weights = logits.sub_(largest).exp2_()
             total = weights.sum(-1, keepdim=True)
-            outs[step] = torch.bmm(weights, values).div_(total)
+            torch.bmm(weights, values, out=outs[step]).div_(total)
             lses[step] = largest.add_(total.log2_())
         out[batch.items], lse[batch.items] = outs, lses.div_(_LOG2E)
     return grid.rows(out).to(q.dtype), grid.rows(lse)[..., 0]
@@ -141,9 +141,9 @@ def backward(
     dq, dk, dv = torch.empty_like(grid.q), torch.zeros_like(grid.k), torch.zeros_like(grid.v)
     for batch in _batches(grid):
         rows, grad = grid.q[batch.items], grads[batch.items]
-        scaled, mask = rows * (scale * _LOG2E), batch.mask.transpose(1, 2)
+        scaled, mask = rows * (scale * _LOG2E), batch.mask.transpose(1, 2).contiguous()
         shift, delta = shifts[batch.items], deltas[batch.items]
-        d_rows = torch.empty_like(rows)
+        d_rows = rows.new_empty(len(rows), rows.shape[2], rows.shape[1])
         for step in batch.steps(rows.shape[1], batch.blocks.shape[1] * grid.plan.block):
             blocks = batch.blocks[step].flatten()
             keys = grid.gather("keys", grid.k, batch.blocks[step])
@@ -153,7 +153,7 @@ def backward(
             d_keys = grid.buffer("d_keys", *keys.shape)
 
             torch.bmm(keys, scaled[step].transpose(1, 2), out=logits)
-            logits[:, batch.whole :] += mask[step]
+            logits[:, batch.whole :].add_(mask[step])
             weights = logits.sub_(shift[step]).exp2_()
             torch.bmm(weights, grad[step], out=d_keys)
             dv.index_add_(0, blocks, d_keys.view(len(blocks), -1))
@@ -162,8 +162,8 @@ def backward(
             d_logits.sub_(delta[step]).mul_(weights)
             torch.bmm(d_logits, rows[step], out=d_keys)
             dk.index_add_(0, blocks, d_keys.view(len(blocks), -1))
-            d_rows[step] = torch.bmm(keys.transpose(1, 2), d_logits).transpose(1, 2)
-        dq[batch.items] = d_rows
+            torch.bmm(keys.transpose(1, 2), d_logits, out=d_rows[step])
+        dq[batch.items] = d_rows.transpose(1, 2)
     return (
         grid.rows(dq.mul_(scale)).to(q.dtype),
         grid.keys(dk.mul_(scale)).to(k.dtype),
