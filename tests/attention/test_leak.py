@@ -101,7 +101,6 @@ def excess_loss(rule, late):
 @pytest.mark.parametrize("late", [0.0, 1.0])
 def test_noise_cannot_be_learnt(late):
     excess, error = excess_loss(causal, late)
-    print("EXCESS", late, excess, error)
     # It did train: the random guesses of the first steps are unlearnt.
     assert excess < 0.02
     assert excess > -4 * error, f"{excess:.4f} nats a token against the floor, error {error:.4f}"
