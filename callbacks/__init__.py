@@ -1,6 +1,4 @@
-"""Lightning callbacks: the plugin itself, the curriculum, the monitors, and what a run leaves
-behind.
-"""
+"""Lightning callbacks: the plugin, the curriculum, the monitors, and what a run leaves behind."""
 
 from lit_sparse.callbacks.collapse import CollapseMonitor
 from lit_sparse.callbacks.curriculum import ContextCurriculum

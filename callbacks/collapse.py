@@ -17,10 +17,8 @@ from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
 
 ADVICE = {
     "concentration": "lower the learning rate of the query and key projections, or use QK-norm",
-    "dispersion": "raise the budget's alpha, or scale queries with ln n; over-tight QK-norm "
-    "does this",
-    "large logits": "lower the learning rate of the query and key projections, or clip their "
-    "weights",
+    "dispersion": "raise the budget's alpha, or scale queries with ln n",
+    "large logits": "lower the learning rate of the query and key projections, or use QK-clip",
 }
 """Alert -> what to do; callbacks/README.md has the long form."""
 
@@ -38,8 +36,7 @@ class CollapseMonitor(SampledAttentionMonitor):
 
     A head alerts, once a kind, when its average over the last measurements is past a threshold and
     has moved there since the first one: healthy heads are often sharp from the start. Alerts are
-        warnings
-    and TensorBoard texts under `alerts/`.
+    warnings and TensorBoard texts under `alerts/`.
 
     Args:
         every_n_steps, rows, min_context, seed: see `SampledAttentionMonitor`.

@@ -18,10 +18,9 @@ def transformers_models(pl_module: LightningModule) -> list[PreTrainedModel]:
     models = find_models(pl_module)
     if not models:
         raise ValueError(
-            f"{type(pl_module).__name__} holds no transformers model: assign one to an "
-            "attribute in "
-            "__init__ or configure_model, e.g. self.model = "
-            "AutoModelForCausalLM.from_pretrained(DIR)"
+            f"{type(pl_module).__name__} holds no transformers model: assign one to an attribute "
+            "in __init__ or configure_model, e.g. "
+            "self.model = AutoModelForCausalLM.from_pretrained(DIR)"
         )
     return models
 

@@ -51,8 +51,7 @@ class ContextCurriculum(Callback):
                     raise ValueError(
                         f"curriculum.stages[{i}].length = {stage.length} is longer than the "
                         f"{positions} positions of the model (max_position_embeddings): give "
-                        "the stage "
-                        "a RoPE rule, e.g. rope: {rope_theta: 500000.0}"
+                        "the stage a RoPE rule, e.g. rope: {rope_theta: 500000.0}"
                     )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -91,8 +91,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx < self.validation_batches and dataloader_idx == 0:
-            # The decoder and not the whole model: its caller may use the head in pieces or not at
-            # all.
+            # Not the whole model: its caller may use the head in pieces, or not at all.
             decoder = sparse_models(pl_module)[0].base_model
             self._hook = decoder.register_forward_hook(self._remember, with_kwargs=True)
 
@@ -150,9 +149,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
 def _targets(
     ids: Tensor | None, kwargs: Mapping[str, Any], hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Next token of the same document [N], -100 where there is none, and which tokens are real
-    [N].
-    """
+    """Next token of the same document, -100 where there is none; which tokens are real. [N]"""
     mask = kwargs.get("attention_mask")
     real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask is not None and mask.dim() == 2:
@@ -170,9 +167,7 @@ def _targets(
 def _compare(
     sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, real: Tensor, chunk: int = 1024
 ) -> Tensor:
-    """Sums over tokens: KL(dense || sparse), sparse loss, dense loss, real tokens, targets;
-    nats.
-    """
+    """Sums over tokens, nats: KL(dense || sparse), sparse and dense loss; tokens, targets."""
     sums = torch.zeros(5, dtype=torch.float64, device=sparse.device)
     pairs = zip(
         sparse.flatten(0, 1).split(chunk),

@@ -14,8 +14,7 @@ def heat_maps(
     title: str,
     limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """Draw each panel [layers, heads] with its own colour bar, values written in where there is
-    room.
+    """Draw each panel [layers, heads] with its own colour bar, and values where there is room.
 
     Args:
         panels: name -> values.

@@ -13,8 +13,7 @@ from lit_sparse.data import PackedTextDataModule
 
 
 class PasskeyEval(Callback):
-    """After each validation, ask for a passkey planted in validation text of the stage's full
-    length.
+    """After each validation, ask for a passkey planted in text of the stage's full length.
 
     Logs `passkey/teacher_forced` (share of prompts whose answer tokens are all the model's first
     choice, given the ones before), `passkey/token_accuracy` (share of answer tokens), and
@@ -37,8 +36,7 @@ class PasskeyEval(Callback):
         if not isinstance(data, PackedTextDataModule):
             raise ValueError(
                 "PasskeyEval takes its text from a PackedTextDataModule; remove it from "
-                "trainer.callbacks, "
-                f"or train with one (got {type(data).__name__})"
+                f"trainer.callbacks, or train with one (got {type(data).__name__})"
             )
 
     @torch.no_grad()

@@ -1,6 +1,4 @@
-"""What the monitors share: at an interval, exact statistics of a few rows of every layer's
-attention.
-"""
+"""What the monitors share: exact statistics of a few rows of attention, at an interval."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ class SampledAttentionMonitor(Callback):
         self._statistics: dict[int, RowStatistics] = {}
 
     def measure(self, layer: int, out: Tensor, statistics: RowStatistics) -> None:
-        """One layer's sampled rows, inside the forward; out [T, Hq, D] is the attention's
-        output.
-        """
+        """One layer's sampled rows, inside the forward; out is its attention's, [T, Hq, D]."""
 
     def finish(
         self, trainer: Trainer, pl_module: LightningModule, statistics: Mapping[int, RowStatistics]

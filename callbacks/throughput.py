@@ -12,8 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Log `train/tokens_per_second` (all ranks) and `train/memory_gib` (peak of this rank's
-    process).
+    """Log `train/tokens_per_second` (all ranks) and `train/memory_gib` (peak of this process).
 
     Time outside of training (validation, checkpoints written after a step) is not counted; loading
     a batch is. Tokens are counted from the batch's `input_ids`.

@@ -45,8 +45,7 @@ class Run:
         if holds_run and not resume and not self.overwrite:
             raise ValueError(
                 f"run.name: {path} already holds a run; continue it with --ckpt_path last, "
-                "choose another "
-                "--run.name, or delete it with --run.overwrite true"
+                "choose another --run.name, or delete it with --run.overwrite true"
             )
         fresh = not path.exists()
         try:

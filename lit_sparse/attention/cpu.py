@@ -86,9 +86,7 @@ class _Grid:
         return gathered.view(len(index), -1, self.q.shape[-1])
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory written anew in each step: fresh pages for each would cost as much as the
-        products.
-        """
+        """Memory written anew in each step: fresh pages would cost as much as the products."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self.q.new_empty(size)
@@ -205,7 +203,5 @@ def _mask(grid: _Grid, tile: Tensor, columns: Tensor, entry: Tensor) -> Tensor:
     key = (columns[..., None] * plan.block + torch.arange(plan.block)).flatten(1)
     seen = key[:, None, :] <= position[:, :, None]
     seen &= (row[:, None] >= entry[:, None, :]).repeat_interleave(plan.block, -1)
-    # Padding rows past the document's end are dropped, but must not be empty.
-    seen |= (row >= torch.from_numpy(plan.rows)[tile][:, None])[..., None]
     bias = torch.zeros(seen.shape, dtype=grid.dtype).masked_fill_(~seen, float("-inf"))
     return bias.repeat(1, grid.groups, 1)

@@ -1,6 +1,4 @@
-"""Dense causal attention of packed documents, with its log-sum-exp: what the sparse one falls back
-to.
-"""
+"""Dense causal attention of packed documents, with its log-sum-exp: the fallback."""
 
 from __future__ import annotations
 

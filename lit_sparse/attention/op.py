@@ -90,8 +90,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str |
         if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
             raise ValueError(
                 f"q, k and v must share a floating dtype and a device: {name} is {x.dtype} on "
-                f"{x.device}, "
-                f"q {q.dtype} on {q.device}"
+                f"{x.device}, q {q.dtype} on {q.device}"
             )
     if k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(

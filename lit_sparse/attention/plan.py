@@ -53,9 +53,7 @@ class Plan:
     counts: Ints
     """[tiles, 5]: list slots of each kind, in list order."""
     first_local: Ints
-    """First block of the local window; the candidates are the blocks from the sink's end up to
-    it.
-    """
+    """First block of the local window; the candidates lie between the sink and it."""
     sparse: NDArray[np.bool_]
     """Whether the tile drops anything. Where it does not, its list is every visible block."""
     raised_to: int
@@ -100,9 +98,7 @@ class Plan:
 
     @cached_property
     def first_block(self) -> Ints:
-        """int64 [documents + 1]: the first key block of each document, counted over all
-        documents.
-        """
+        """int64 [documents + 1]: the first key block of each document, over all documents."""
         return _starts(-(-np.diff(self.keys) // self.block))
 
     @cached_property
@@ -112,9 +108,7 @@ class Plan:
 
     @cached_property
     def _slots(self) -> tuple[Tensor, Tensor, Tensor]:
-        """int32 columns with -1 in the slots that data decides; int64 places of base and late
-        slots.
-        """
+        """int32 columns, -1 in the slots that data decides; places of base and late slots."""
         lengths = self.counts.ravel()
         first = np.zeros_like(self.counts)
         first[:, _LOCAL] = self.first_local
@@ -145,9 +139,7 @@ class Plan:
 
 
 def late_rows(late: int, tile: int) -> list[int]:
-    """The rows of a tile at which `late` slots are filled: evenly spaced, several a row if need
-    be.
-    """
+    """The rows at which `late` slots are filled: evenly spaced, several a row if need be."""
     return [(2 * slot + 1) * tile // (2 * late) for slot in range(late)]
 
 

@@ -1,5 +1,4 @@
-"""Exact attention statistics of a few sampled rows: what a kept set captures, and how sharp heads
-are.
+"""Exact attention statistics of sampled rows: what a kept set captures, how sharp heads are.
 
 A sampled row is compared with its whole causal context, so the cost is rows x context and nothing
 of size n^2 ever exists. Formulas: for a kept set S of a row with softmax p, captured mass 1 - tau =

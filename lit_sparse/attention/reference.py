@@ -60,9 +60,7 @@ def _select_document(
     local, late_share = Fraction(str(budget.local)), Fraction(str(budget.late))
 
     def masses(row: int) -> Tensor:
-        """Softmax mass of each block complete before the tile of query `row` starts, over G
-        heads.
-        """
+        """Softmax mass of each block complete before the row's tile starts, over G heads."""
         t0 = cached + row // tile * tile
         complete = t0 // block
         means = k[: complete * block].view(complete, block, -1).mean(1)

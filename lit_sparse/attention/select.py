@@ -1,4 +1,4 @@
-"""The working-set selection: what the recent past needed, plus what the tile's own queries ask for.
+"""The working-set selection: what the recent past needed and what the tile's queries ask for.
 
 A list shared by a tile and scored by all its rows would let later tokens choose what earlier ones
 see, which is a label leak. Here a tile's base is scored by the `tile` rows before it and its first
@@ -87,8 +87,7 @@ def select(
         _warned.add((budget, block, tile))
         warnings.warn(
             f"{budget} is below what is always kept (sink and local window, in whole blocks of "
-            f"{block}): "
-            f"with tile={tile} the effective minimum is {plan.raised_to} keys",
+            f"{block}): with tile={tile} the effective minimum is {plan.raised_to} keys",
             stacklevel=3,
         )
 

@@ -89,9 +89,7 @@ class Selection:
 
     @cached_property
     def slot_block(self) -> Tensor:
-        """int64 [Hkv, slots]: the kept block counted over all documents, -1 where the slot is
-        empty.
-        """
+        """int64 [Hkv, slots]: the kept block counted over all documents, -1 in empty slots."""
         first = torch.from_numpy(self.plan.first_block[self.plan.document]).to(self.columns.device)
         columns = self.columns.long()
         return torch.where(columns < 0, columns, columns + first[self.slot_tile])
@@ -154,9 +152,7 @@ class Selection:
         return self.entry_table()
 
     def to_mask(self) -> Tensor:
-        """bool [Hkv, Tq, Tk]: causal mask, documents and late entries included. Quadratic: for
-        tests.
-        """
+        """bool [Hkv, Tq, Tk]: causal mask, documents and late entries in it. For small inputs."""
         plan, device = self.plan, self.columns.device
         mask = self.columns.new_zeros(
             len(self.columns), plan.queries[-1], plan.keys[-1], dtype=torch.bool

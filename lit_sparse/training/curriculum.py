@@ -101,13 +101,11 @@ class Curriculum:
             if stage.length > row_tokens:
                 raise ValueError(
                     f"{where} = {stage.length} exceeds data.row_tokens = {row_tokens}: a row "
-                    "holds whole "
-                    f"pieces, so set data.row_tokens to the longest stage ({self.longest})"
+                    f"holds whole pieces, so set it to the longest stage ({self.longest})"
                 )
             if block is not None and stage.length % block:
                 below = stage.length // block * block
                 raise ValueError(
                     f"{where} = {stage.length} is not a multiple of the attention block "
-                    f"({block} keys); "
-                    f"the nearest that are: {below or block} and {below + block}"
+                    f"({block} keys); the nearest that are: {below or block} and {below + block}"
                 )
