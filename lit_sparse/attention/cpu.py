@@ -37,7 +37,7 @@ class _Batch:
         items: int64 [N], head * tiles + tile.
         blocks: int64 [N, B], the kept blocks, head * blocks + block.
         whole: keys at the head of each list that every row sees.
-        mask: additive [N, G * tile, B * block - whole] for the keys after them.
+        mask: additive [N, tile, B * block - whole] for the keys after them, of all heads alike.
     """
 
     items: Tensor
@@ -107,7 +107,8 @@ def forward(
             values = grid.gather("values", grid.v, batch.blocks[step])
             logits = grid.buffer("logits", len(keys), rows.shape[1], keys.shape[1])
             torch.bmm(rows[step], keys.transpose(1, 2), out=logits)
-            logits[:, :, batch.whole :].add_(batch.mask[step])
+            masked = logits.unflatten(1, (grid.groups, -1))[..., batch.whole :]
+            masked.add_(batch.mask[step][:, None])
             largest = logits.amax(-1, keepdim=True)
             weights = logits.sub_(largest).exp2_()
             total = weights.sum(-1, keepdim=True)
@@ -151,7 +152,8 @@ def backward(
             d_keys = grid.buffer("d_keys", *keys.shape)
 
             torch.bmm(keys, scaled[step].transpose(1, 2), out=logits)
-            logits[:, batch.whole :].add_(mask[step])
+            masked = logits.unflatten(2, (grid.groups, -1))[:, batch.whole :]
+            masked.add_(mask[step][:, :, None])
             weights = logits.sub_(shift[step]).exp2_()
             torch.bmm(weights, grad[step], out=d_keys)
             dv.index_add_(0, blocks, d_keys.view(len(blocks), -1))
@@ -196,12 +198,11 @@ def _batches(grid: _Grid) -> Iterator[_Batch]:
 
 
 def _mask(grid: _Grid, tile: Tensor, columns: Tensor, entry: Tensor) -> Tensor:
-    """Additive mask [N, G * tile, B * block] of late and diagonal blocks."""
+    """Additive mask [N, tile, B * block] of late and diagonal blocks."""
     plan = grid.plan
     row = torch.arange(plan.tile)
     position = torch.from_numpy(plan.start)[tile][:, None] + row
     key = (columns[..., None] * plan.block + torch.arange(plan.block)).flatten(1)
     seen = key[:, None, :] <= position[:, :, None]
     seen &= (row[:, None] >= entry[:, None, :]).repeat_interleave(plan.block, -1)
-    bias = torch.zeros(seen.shape, dtype=grid.dtype).masked_fill_(~seen, float("-inf"))
-    return bias.repeat(1, grid.groups, 1)
+    return torch.zeros(seen.shape, dtype=grid.dtype).masked_fill_(~seen, float("-inf"))
