@@ -52,4 +52,10 @@ def _write_values(axis, data: np.ndarray, image) -> None:
     for (layer, head), value in np.ndenumerate(data):
         bright = high > low and (value - low) / (high - low) > 0.6
         colour = "black" if bright else "white"
-        axis.text(head, layer, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+        axis.text(head, layer, _short(value), ha="center", va="center", fontsize=7, color=colour)
+
+
+def _short(value: float) -> str:
+    """Four characters at most for the sizes that occur: cells are narrow."""
+    digits = 0 if abs(value) >= 10 else 1 if abs(value) >= 1 else 2
+    return f"{value:.{digits}f}"
