@@ -73,10 +73,15 @@ class _SparseAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str | None) -> None:
-    plan = selection.plan
+def check_backend(backend: str | None) -> None:
+    """Raise a ValueError unless the name is that of a backend, or None."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str | None) -> None:
+    plan = selection.plan
+    check_backend(backend)
     for name, x, tokens in (
         ("q", q, plan.queries[-1]),
         ("k", k, plan.keys[-1]),

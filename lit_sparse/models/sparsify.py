@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 
+from lit_sparse.attention.op import check_backend
 from lit_sparse.budget import Budget
 from lit_sparse.models.state import (
     CONFIG_KEY,
@@ -50,7 +51,7 @@ def sparsify(
         block: consecutive keys kept or dropped together, in tokens.
         tile: consecutive queries sharing a selection, in tokens; None for the operator's default.
         score: name of the block scorer.
-        backend: "triton", "cpu" or "reference"; None picks by device. Not stored.
+        backend: "cpu" or "reference"; None picks by device. Not stored.
 
     Returns:
         The same model.
@@ -60,6 +61,7 @@ def sparsify(
         NotImplementedError: a layer of the model has no full attention.
     """
     check_support(model)
+    check_backend(backend)
     if budget is not None:
         law = Law(budget, dict(layers or {}), block, tile, score)
     elif layers is None and (block, tile, score) == (64, None, "mass"):

@@ -181,3 +181,10 @@ def test_features_of_other_layers(tiny, feature, value, named):
     out, weights = sparse_attention_forward(module, q, kv, kv, None)
     assert out.shape == (1, 8, 4, 16)
     assert weights is None
+
+
+def test_an_unknown_backend_fails_before_the_first_forward(tiny):
+    with pytest.raises(
+        ValueError, match=r"backend must be None or one of cpu, reference, got 'gpu'"
+    ):
+        sparsify(tiny(), Budget.dense(), backend="gpu")
