@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.attention.layout import from_key_blocks, from_query_tiles, key_blocks, query_tiles
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.selection import Selection
 
 _LOG2E = math.log2(math.e)
@@ -93,10 +94,34 @@ class _Grid:
         return self._buffers[name][:size].view(shape)
 
 
+def check(q: Tensor, sinks: Tensor | None, selection: Selection, options: Options) -> None:
+    """Refuse what this backend does not have.
+
+    Raises:
+        ValueError: tensors of another device.
+        NotImplementedError: a window, a soft cap or sinks.
+    """
+    if q.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' takes CPU tensors, got {q.device}")
+    given = {"window": options.window, "softcap": options.softcap, "sinks": sinks}
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: the cpu backend does not have it; pass backend='reference' (quadratic "
+                "memory), or CUDA tensors"
+            )
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    selection: Selection,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]; see `sparse_attention` for the arguments."""
+    scale = options.scale
     grid = _Grid(q, k, v, selection)
     out, lse = torch.empty_like(grid.q), grid.q.new_empty(*grid.q.shape[:2], 1)
     for batch in _batches(grid):
@@ -123,16 +148,18 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     selection: Selection,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Gradients of q, k, v and the sinks.
 
     Logits stand transposed, [keys, rows]: in this layout no product but the small dQ reads a
     transposed left operand, which PyTorch's matrix library takes a third longer for.
     """
+    scale = options.scale
     grid = _Grid(q, k, v, selection)
     grads = grid.tiles(grad_out)
     deltas = grid.tiles((out.to(grid.dtype) * grad_out).sum(-1, keepdim=True)).transpose(1, 2)
@@ -168,6 +195,7 @@ def backward(
         grid.rows(dq.mul_(scale)).to(q.dtype),
         grid.keys(dk.mul_(scale)).to(k.dtype),
         grid.keys(dv).to(v.dtype),
+        None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from lit_sparse.attention import cpu, reference
 from lit_sparse.attention.dense import dense_attention
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.selection import Selection
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 def sparse_attention(
@@ -22,6 +24,10 @@ def sparse_attention(
     selection: Selection,
     scale: float | None = None,
     backend: str | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the causal keys of its tile's kept blocks.
 
@@ -30,47 +36,77 @@ def sparse_attention(
         k, v: [Tk, Hkv, D]; Hkv divides Hq.
         selection: from `select` on q and k of the same lengths and number of key-value heads.
         scale: softmax scale; None: D ** -0.5.
-        backend: "cpu" or "reference" (quadratic memory, any device and dtype); None: by device, and
-            PyTorch's dense kernel where the lengths alone say that the selection keeps everything.
+        backend: "triton" (CUDA, bfloat16 or float16), "cpu" or "reference" (quadratic memory, any
+            device and dtype); None: by device, and PyTorch's dense kernel where the lengths alone
+            say that the selection keeps everything.
+        window: how many of the nearest keys a row sees, its own included: a token-exact sliding
+            window inside the kept blocks. Not on the cpu backend, like the next two.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        sinks: [Hq], a logit of each head that takes its share of the softmax and gives no value
+            (gpt-oss); differentiable.
 
     Returns:
-        out [T, Hq, D] in q's dtype; lse [T, Hq], the log-sum-exp of each row's kept logits in
-        float32 (float64 for float64 inputs), not differentiable.
+        out [T, Hq, D] in q's dtype; lse [T, Hq], the log of each row's softmax denominator (kept
+        keys and sink) in float32 (float64 for float64 inputs), not differentiable.
 
     Raises:
         ValueError: shapes do not fit the selection, or the backend cannot take these tensors.
+        NotImplementedError: the backend lacks an option; the message says which has it.
     """
-    _check(q, k, v, selection, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(scale, window, softcap)
+    _check(q, k, v, sinks, selection, backend)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            return reference.attention(q, k, v, selection, scale)
-    if backend is None and selection.keeps_everything:
+            return reference.attention(
+                q, k, v, selection, scale, window=window, softcap=softcap, sinks=sinks
+            )
+    if backend is None and selection.keeps_everything and options.plain and sinks is None:
         out, lse = dense_attention(q, k, v, selection.plan, scale)
         return out, lse.detach()
-    return _SparseAttention.apply(q, k, v, selection, scale)
+    if backend is None:
+        backend = "cpu" if q.device.type == "cpu" else "triton"
+    get_backend(backend).check(q, sinks, selection, options)
+    return _SparseAttention.apply(q, k, v, sinks, selection, options, backend)
 
 
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        selection: Selection,
+        options: Options,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         # Autocast would round single products to bfloat16.
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = cpu.forward(q, k, v, selection, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.selection, ctx.scale = selection, scale
+            out, lse = get_backend(backend).forward(q, k, v, sinks, selection, options)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.selection, ctx.options, ctx.backend = selection, options, backend
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False):
-            grads = cpu.backward(grad_out, q, k, v, out, lse, ctx.selection, ctx.scale)
-        return *grads, None, None
+            grads = get_backend(ctx.backend).backward(
+                grad_out, *ctx.saved_tensors, ctx.selection, ctx.options
+            )
+        return *grads, None, None, None
+
+
+def get_backend(name: str) -> ModuleType:
+    """The module of a backend, with `check`, `forward` and `backward`; Triton loads when used."""
+    if name == "cpu":
+        return cpu
+    from lit_sparse.attention import triton
+
+    return triton
 
 
 def check_backend(backend: str | None) -> None:
@@ -79,7 +115,14 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    selection: Selection,
+    backend: str | None,
+) -> None:
     plan = selection.plan
     check_backend(backend)
     for name, x, tokens in (
@@ -107,8 +150,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection, backend: str |
         raise ValueError(
             f"the selection is for {heads} key-value heads: k has {k.shape[1]}, q {q.shape[1]}"
         )
-    if backend != "reference" and q.device.type != "cpu":
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(
-            f"no backend for {q.device.type} tensors in this version: pass CPU tensors, or "
-            "backend='reference' (quadratic memory)"
+            f"sinks must be [{q.shape[1]}] on {q.device}, one logit a query head, got "
+            f"{tuple(sinks.shape)} on {sinks.device}"
         )
+    if q.device.type not in ("cpu", "cuda") and backend != "reference":
+        raise ValueError(f"no backend for {q.device.type} tensors: pass CPU or CUDA tensors")
+    if selection.columns.device != q.device:
+        raise ValueError(f"the selection is on {selection.columns.device}, q on {q.device}")

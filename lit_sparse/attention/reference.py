@@ -115,27 +115,45 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Selection, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | Selection,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each row over the keys that the mask keeps.
 
     Args:
         q: [T, Hq, D]; k, v: [Tk, Hkv, D].
         mask: bool [Hkv or Hq or 1, T, Tk], or a Selection (its `to_mask`). Quadratic memory.
+        window: with a Selection, how many of the nearest keys a row sees, its own included.
+        softcap: logits are softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
+        sinks: [Hq], a logit of each head that takes its share of the softmax and gives no value
+            (gpt-oss, arXiv 2508.10925).
 
     Returns:
-        out [T, Hq, D] in q's dtype and lse [T, Hq], float32 or float64; a row without keys gives
-        out = 0 and lse = -inf.
+        out [T, Hq, D] in q's dtype and lse [T, Hq], the log of the softmax's denominator, sink
+        included, in float32 or float64; a row without keys gives out = 0, without a sink lse =
+        -inf.
     """
     if isinstance(mask, Selection):
-        mask = mask.to_mask()
+        mask = mask.to_mask(window)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
     if mask.shape[0] == k.shape[1]:
         mask = mask.repeat_interleave(groups, 0)
-    logits = _logits(q.to(dtype), k.to(dtype), scale).masked_fill(~mask, float("-inf"))
+    logits = _logits(q.to(dtype), k.to(dtype), scale)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~mask, float("-inf"))
     lse = logits.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
     # Rows that keep nothing: exp(-inf - 0) is 0 where exp(-inf - -inf) is not a number.
     weights = (logits - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
     out = weights @ v.to(dtype).transpose(0, 1).repeat_interleave(groups, 0)

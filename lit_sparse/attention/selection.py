@@ -128,11 +128,12 @@ class Selection:
         table.view(heads, -1).scatter_(1, index, self.entry.to(torch.int16))
         return table[..., :blocks]
 
-    def rows_mask(self, rows: Tensor, keys: int) -> Tensor:
+    def rows_mask(self, rows: Tensor, keys: int, window: int | None = None) -> Tensor:
         """bool [Hkv, R, keys]: which keys of their own document (numbered from 0) the packed
         `rows` keep.
 
-        The causal mask is included; positions past the end of a row's document are False.
+        The causal mask is included, and a sliding window of the nearest `window` keys if given;
+        positions past the end of a row's document are False.
         """
         device = self.columns.device
         if not self.plan.tiles:
@@ -145,14 +146,15 @@ class Selection:
         key = torch.arange(keys, device=device)
         table = self._table[:, tile]  # [Hkv, R, blocks]
         block = (key // self.block).clamp(max=max(table.shape[-1] - 1, 0))
-        return (row[:, None] >= table[:, :, block]) & (key <= position[:, None])
+        seen = (row[:, None] >= table[:, :, block]) & (key <= position[:, None])
+        return seen if window is None else seen & (position[:, None] - key < window)
 
     @cached_property
     def _table(self) -> Tensor:
         return self.entry_table()
 
-    def to_mask(self) -> Tensor:
-        """bool [Hkv, Tq, Tk]: causal mask, documents and late entries in it. For small inputs."""
+    def to_mask(self, window: int | None = None) -> Tensor:
+        """bool [Hkv, Tq, Tk]: causal mask, documents, late entries and window. For small inputs."""
         plan, device = self.plan, self.columns.device
         mask = self.columns.new_zeros(
             len(self.columns), plan.queries[-1], plan.keys[-1], dtype=torch.bool
@@ -161,7 +163,8 @@ class Selection:
             q0, q1 = plan.queries[document : document + 2]
             k0, k1 = plan.keys[document : document + 2]
             if q1 > q0:
-                mask[:, q0:q1, k0:k1] = self.rows_mask(torch.arange(q0, q1, device=device), k1 - k0)
+                rows = torch.arange(q0, q1, device=device)
+                mask[:, q0:q1, k0:k1] = self.rows_mask(rows, k1 - k0, window)
         return mask
 
     def to_block_mask(self, groups: int = 1) -> BlockMask:

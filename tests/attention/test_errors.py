@@ -54,7 +54,10 @@ def test_select_names_the_argument(wrong, message):
 
 
 ATTENTION = {
-    "backend": ({"backend": "cuda"}, "backend must be None or one of cpu, reference, got 'cuda'"),
+    "backend": (
+        {"backend": "cuda"},
+        "backend must be None or one of triton, cpu, reference, got 'cuda'",
+    ),
     "q tokens": (
         {"q": Q[:39]},
         "q must be .tokens, heads, head_dim. with the selection's 40 tokens",

@@ -1,0 +1,1 @@
+"""GPU backend: selection, forward and backward as Triton kernels."""
