@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -104,9 +105,7 @@ def get_backend(name: str) -> ModuleType:
     """The module of a backend, with `check`, `forward` and `backward`; Triton loads when used."""
     if name == "cpu":
         return cpu
-    from lit_sparse.attention import triton
-
-    return triton
+    return import_module("lit_sparse.attention.triton")
 
 
 def check_backend(backend: str | None) -> None:

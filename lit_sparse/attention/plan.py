@@ -6,7 +6,8 @@ synchronises with a device, and two calls on the same lengths share one plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -58,6 +59,8 @@ class Plan:
     """Whether the tile drops anything. Where it does not, its list is every visible block."""
     raised_to: int
     """Keys of the largest always-kept set that overrode a smaller budget, 0 if none did."""
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What backends derive from the plan and keep with it."""
 
     @property
     def tiles(self) -> int:

@@ -38,6 +38,7 @@ def select(
     block: int = 64,
     tile: int | None = None,
     score: str | RowScores | Scorer = "mass",
+    backend: str | None = None,
 ) -> Selection:
     """Choose the key blocks that each tile of queries attends to.
 
@@ -58,6 +59,8 @@ def select(
             row.
         score: "mass", "mean", "minmax", "exact", or a callable (`scores.RowScores`) that gets the
             complete blocks [H, N, block, D] themselves.
+        backend: "triton" (CUDA, score="mass") or "torch" (any device and scorer); None: "triton"
+            where it can.
 
     Raises:
         ValueError: shapes, boundaries, block, tile or score do not fit; the message names the
@@ -78,10 +81,7 @@ def select(
     scorer = get_scorer(score)
 
     groups = q.shape[1] // k.shape[1]
-    if np.diff(queries).max(initial=0) <= 1 and queries != keys:
-        tile = 1
-    elif tile is None:
-        tile = default_tile(groups)
+    tile = tile_of(tile, queries, keys, groups)
     plan = make_plan(queries, keys, budget, block, tile)
     if plan.raised_to and (budget, block, tile) not in _warned:
         _warned.add((budget, block, tile))
@@ -91,11 +91,15 @@ def select(
             stacklevel=3,
         )
 
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _wants_triton(backend, q, k, block, score):
+        from lit_sparse.attention.triton.select import select as triton_select
+
+        return triton_select(q, k, plan, scale)
     heads = k.shape[1]
     columns = plan.columns.to(q.device).repeat(heads, 1)  # a copy: the plan is shared
     entry = torch.zeros_like(columns)
     if not plan.keeps_everything:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         # Autocast would round the scores to bfloat16.
         with torch.autocast(q.device.type, enabled=False):
             base, late, late_entry = _choose(q, k, plan, scorer, scale)
@@ -103,6 +107,36 @@ def select(
         columns[:, plan.late_slots.to(q.device)] = late
         entry[:, plan.late_slots.to(q.device)] = late_entry
     return Selection(plan, columns, entry)
+
+
+def _wants_triton(
+    backend: str | None, q: Tensor, k: Tensor, block: int, score: str | RowScores | Scorer
+) -> bool:
+    """Whether the Triton kernels select; a ValueError where they are asked for and cannot."""
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f"backend of the selection must be 'triton' or 'torch', got {backend!r}")
+    if backend == "torch" or (backend is None and q.device.type != "cuda"):
+        return False
+    from lit_sparse.attention.triton.backend import check_tensors
+
+    try:
+        check_tensors(q, k.shape[1], block)
+        if score != "mass":
+            raise ValueError(f"score={score!r} has no Triton kernel: pass backend='torch'")
+    except ValueError:
+        if backend is not None:
+            raise
+        return False
+    return True
+
+
+def tile_of(
+    tile: int | None, queries: tuple[int, ...], keys: tuple[int, ...], groups: int
+) -> int:
+    """Queries of a tile, as `select` documents it: the size asked for, the default, or one row."""
+    if np.diff(queries).max(initial=0) <= 1 and queries != keys:
+        return 1
+    return default_tile(groups) if tile is None else tile
 
 
 def default_tile(groups: int) -> int:

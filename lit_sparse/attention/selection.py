@@ -82,10 +82,10 @@ class Selection:
     @cached_property
     def slot_tile(self) -> Tensor:
         """int64 [slots]: the tile of each slot."""
-        lengths = np.diff(self.plan.offsets)
-        return torch.from_numpy(np.repeat(np.arange(self.plan.tiles), lengths)).to(
-            self.columns.device
-        )
+        device, slots = self.columns.device, self.columns.shape[1]
+        lengths = torch.from_numpy(np.diff(self.plan.offsets)).to(device)
+        tiles = torch.arange(self.plan.tiles, device=device)
+        return tiles.repeat_interleave(lengths, output_size=slots)
 
     @cached_property
     def slot_block(self) -> Tensor:
@@ -228,17 +228,19 @@ class Selection:
 
     def transpose(self) -> Transposed:
         """The lists by key block, stable: the tiles of a block in ascending order."""
+        heads, slots = self.columns.shape
         blocks = int(self.plan.first_block[-1])
         target = torch.where(self.slot_block < 0, blocks, self.slot_block)
-        order = target.argsort(dim=-1, stable=True)
-        counts = torch.zeros(len(target), blocks + 1, dtype=torch.int64, device=target.device)
-        counts.scatter_add_(1, target, torch.ones_like(target))
-        offsets = torch.cat([torch.zeros_like(counts[:, :1]), counts[:, :blocks].cumsum(1)], dim=1)
-        tiles = torch.where(target < blocks, self.slot_tile.expand_as(target), -1)
+        # One stable sort for all heads: each has the same number of slots, so a head's lists stay
+        # in its own row. Prefix positions by binary search: no atomics.
+        head = torch.arange(heads, device=target.device)[:, None] * (blocks + 1)
+        ordered, order = (head + target).flatten().sort(stable=True)
+        offsets = torch.searchsorted(ordered, head + torch.arange(blocks + 1, device=head.device))
+        tiles = self.slot_tile[order % max(slots, 1)].view(heads, slots).to(torch.int32)
         return Transposed(
-            offsets=offsets,
-            tiles=tiles.gather(1, order).to(torch.int32),
-            entry=self.entry.gather(1, order),
+            offsets=offsets - head // (blocks + 1) * slots,
+            tiles=tiles.masked_fill((ordered.view(heads, slots) - head) == blocks, -1),
+            entry=self.entry.flatten()[order].view(heads, slots),
         )
 
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.attention import select, sparse_attention
-from lit_sparse.models.documents import Documents, in_backward
+from lit_sparse.models.documents import Documents
 from lit_sparse.models.state import NAME, LayerState, layer_state
 
 
-# Documents and plans are host arithmetic on the data of a batch, which torch.compile would trace in
-# pieces and again for every batch. It compiles the layers around this function instead.
-@torch.compiler.disable
 def sparse_attention_forward(
     module: nn.Module,
     query: Tensor,

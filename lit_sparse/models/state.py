@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_sparse.attention.scores import get_scorer
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.budget import Budget
-from lit_sparse.models.documents import DocumentCache
+from lit_sparse.models.documents import DocumentCache, in_backward
 
 NAME = "lit_sparse"
 """Our name in transformers' registries, and of the attribute on attention modules."""
@@ -100,15 +104,38 @@ class ModelState:
     the model keeps observers, and found documents refer to the original's tensors.
     """
 
+    numbered: WeakValueDictionary[int, ModelState] = WeakValueDictionary()
+    """The states of this process by number: an operator of a compiled graph takes numbers only."""
+
+    _count = itertools.count()
+
     def __init__(self, law: Law, backend: str | None = None) -> None:
         self.law = law
         self.backend = backend
         self.dense = False
         self.observers: list[tuple[Observer, frozenset[int] | None]] = []
         self.documents = DocumentCache()
+        self._enrol()
+
+    def _enrol(self) -> None:
+        self.number = next(self._count)
+        self.numbered[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observers": [], "documents": DocumentCache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enrol()
+
+    def notify(self, layer: int, tensors: tuple[Tensor, ...], *others: Any) -> None:
+        """Call the observers of a layer, unless activation checkpointing computes it again."""
+        if not self.observers or in_backward():
+            return
+        seen = [tensor.detach() for tensor in tensors]
+        for observer, layers in list(self.observers):
+            if layers is None or layer in layers:
+                observer(layer, *seen, *others)
 
 
 @dataclass
@@ -119,9 +146,24 @@ class LayerState:
     name: str
     model: ModelState
 
+    def __post_init__(self) -> None:
+        law = self.model.law
+        own = replace(law, budget=law.of(self.layer), layers={})
+        self._sparse = json.dumps(own.to_dict())
+        self._dense = json.dumps(replace(own, budget=Budget.dense()).to_dict())
+
     @property
-    def budget(self) -> Budget:
-        return Budget.dense() if self.model.dense else self.model.law.of(self.layer)
+    def law(self) -> str:
+        """What the layer obeys at the moment, as a string: torch.compile compares it from call to
+        call and compiles again where it changed; `read_law` makes it a Law.
+        """
+        return self._dense if self.model.dense else self._sparse
+
+
+@lru_cache(maxsize=1024)
+def read_law(law: str) -> Law:
+    """The law of one layer: `budget` is the layer's own."""
+    return Law.from_dict(json.loads(law))
 
 
 def layer_state(module: nn.Module) -> LayerState | None:

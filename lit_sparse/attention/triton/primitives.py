@@ -1,0 +1,116 @@
+"""What several kernels share: loads of packed rows and of keys, and the logits.
+
+Rows are packed: row r of a program is token r // GP and query head r % GP of its key-value head,
+where GP is the group size G rounded up to a power of two (the surplus rows are idle).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    X,
+    first,
+    head,
+    token_stride,
+    head_stride,
+    existing,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows [ROWS, DP] of X [T, Hq, D] from packed token `first` on; zeros past `existing` tokens."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DP)
+    base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * G * head_stride
+    offsets = (row // GP * token_stride + row % GP * head_stride)[:, None] + dim[None, :]
+    if D == DP:
+        mask = ((row // GP < existing) & (row % GP < G))[:, None]
+    else:
+        mask = ((row // GP < existing) & (row % GP < G))[:, None] & (dim < D)[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    X,
+    value,
+    first,
+    head,
+    token_stride,
+    head_stride,
+    existing,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The inverse of `load_rows`."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DP)
+    base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * G * head_stride
+    offsets = (row // GP * token_stride + row % GP * head_stride)[:, None] + dim[None, :]
+    mask = ((row // GP < existing) & (row % GP < G))[:, None] & (dim < D)[None, :]
+    tl.store(base + offsets, value.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_keys(
+    X,
+    first,
+    head,
+    token_stride,
+    head_stride,
+    existing,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Keys or values [KEYS, DP] of one head from packed token `first` on.
+
+    MASKED: zeros past `existing` keys, whatever the next document holds there (0 * NaN is NaN).
+    TMA: X is a tensor descriptor and the strides are unused.
+    """
+    key = tl.arange(0, KEYS)
+    if TMA:
+        x = X.load([first.to(tl.int32), head, 0]).reshape(KEYS, DP)
+        if MASKED:
+            x = tl.where((key < existing)[:, None], x, tl.zeros_like(x))
+        return x
+    dim = tl.arange(0, DP)
+    base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    offsets = key[:, None] * token_stride + dim[None, :]
+    if MASKED:
+        mask = (key < existing)[:, None] & (dim < D)[None, :]
+        return tl.load(base + offsets, mask=mask, other=0.0)
+    if D == DP:
+        return tl.load(base + offsets)
+    mask = tl.broadcast_to((dim < D)[None, :], (KEYS, DP))
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def cap_logits(products, cap_in, cap_out):
+    """Soft-capped logits, in units of log 2, and tanh, from products of queries and keys.
+
+    cap_in: 2 * log2(e) * scale / softcap; cap_out: softcap * log2(e).
+    """
+    # tanh(x) = 1 - 2 / (1 + e^2x): right at both ends, where e^2x is 0 or inf.
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(products * cap_in))
+    return cap_out * tanh, tanh
+
+
+@triton.jit
+def next_column(COLUMNS, slot, last):
+    """The list's next block, 0 in place of an empty slot: loaded one step ahead of its use.
+
+    A column loaded at the head of a step would be a second level of indirection, which the
+    pipeliner pays for with half of its depth.
+    """
+    return tl.maximum(tl.load(COLUMNS + tl.minimum(slot, last)), 0)
