@@ -65,8 +65,7 @@ def sparse_attention(
     if backend is None and selection.keeps_everything and options.plain and sinks is None:
         out, lse = dense_attention(q, k, v, selection.plan, scale)
         return out, lse.detach()
-    if backend is None:
-        backend = "cpu" if q.device.type == "cpu" else "triton"
+    backend = backend or default_backend(q.device)
     get_backend(backend).check(q, sinks, selection, options)
     return _SparseAttention.apply(q, k, v, sinks, selection, options, backend)
 
@@ -99,6 +98,11 @@ class _SparseAttention(torch.autograd.Function):
                 grad_out, *ctx.saved_tensors, ctx.selection, ctx.options
             )
         return *grads, None, None, None
+
+
+def default_backend(device: torch.device) -> str:
+    """The backend of a device's tensors where none is named."""
+    return "cpu" if device.type == "cpu" else "triton"
 
 
 def get_backend(name: str) -> ModuleType:

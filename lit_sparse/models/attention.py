@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.attention import select, sparse_attention
-from lit_sparse.models.documents import Documents
-from lit_sparse.models.state import NAME, LayerState, layer_state
+from lit_sparse.models import ops
+from lit_sparse.models.state import NAME, LayerState, layer_state, read_law
 
 
 def sparse_attention_forward(
@@ -57,66 +56,27 @@ def sparse_attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     _refuse_unsupported(state.name, dropout, causal, sliding_window, softcap, s_aux)
 
-    batch, _, q_len, _ = query.shape
-    documents = state.model.documents.find(
-        state.layer,
-        batch,
-        q_len,
-        key.shape[2],
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cu_seq_lens_q=cu_seq_lens_q,
-        cu_seq_lens_k=cu_seq_lens_k,
-    )
     # Under autocast RoPE leaves queries and keys in float32 while values are in half precision.
-    q = _pack(query, documents.queries, value.dtype)
-    k = _pack(key, documents.keys, value.dtype)
-    v = _pack(value, documents.keys, value.dtype)
-    # Autocast would round the operator's float32 sums to its own dtype.
-    with torch.autocast(query.device.type, enabled=False):
-        out = _attend(state, q, k, v, documents, scaling)
-    return _unpack(out, documents.queries, batch, q_len), None
+    q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+    model, sources = state.model, (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    # The reference has no backward that an operator could call.
+    if torch.compiler.is_compiling() and model.backend != "reference":
+        tensors = [
+            torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources
+        ]
+        return ops.attention(
+            q, k, v, *tensors, scaling, state.law, model.backend, state.layer, model.number
+        )[0], None
+    return _eager(state, q, k, v, sources, scaling), None
 
 
-def _attend(
-    state: LayerState, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None
-) -> Tensor:
-    model = state.model
-    if not len(q):
-        # A batch of nothing but padding. Connected, so that every parameter has a gradient (DDP).
-        return q + k.sum() + v.sum()
-    selection = select(
-        q,
-        k,
-        state.budget,
-        cu_seqlens=documents.cu_seqlens,
-        cu_seqlens_k=documents.cu_seqlens_k,
-        scale=scaling,
-        block=model.law.block,
-        tile=model.law.tile,
-        score=model.law.score,
+@torch.compiler.disable
+def _eager(state, q, k, v, sources, scaling):
+    documents = ops.find(state.model, state.layer, q, k, *sources)
+    out, _, _ = ops.attend(
+        q, k, v, documents, read_law(state.law), scaling, state.model.backend, state.layer, state.model
     )
-    out, lse = sparse_attention(q, k, v, selection, scale=scaling, backend=model.backend)
-    if model.observers and not in_backward():
-        seen = [tensor.detach() for tensor in (q, k, v, out, lse)]
-        for observer, layers in list(model.observers):
-            if layers is None or state.layer in layers:
-                observer(state.layer, *seen, selection, scaling, documents)
-    return out
-
-
-def _pack(tensor: Tensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[batch, heads, length, dim] as [tokens, heads, dim]; a view of what a layer projected."""
-    packed = tensor.transpose(1, 2).flatten(0, 1)
-    if indices is not None:
-        packed = packed.index_select(0, indices)
-    return packed.to(dtype)
-
-
-def _unpack(out: Tensor, indices: Tensor | None, batch: int, q_len: int) -> Tensor:
-    if indices is not None:
-        out = out.new_zeros(batch * q_len, *out.shape[1:]).index_copy(0, indices, out)
-    return out.unflatten(0, (batch, q_len))
+    return ops.unpack(out, documents.queries, *q.shape[:2])
 
 
 def _refuse_unsupported(

@@ -17,6 +17,7 @@ from lit_sparse.attention.triton.config import Launch, Rows, launch, padded_dim
 from lit_sparse.attention.triton.dkdv import dkdv_kernel, reduce_kernel, statistics_kernel
 from lit_sparse.attention.triton.dq import dq_kernel
 from lit_sparse.attention.triton.forward import forward_kernel
+from lit_sparse.attention.triton.run import run
 from lit_sparse.attention.triton.tables import BLOCK_FIELDS, TILE_FIELDS, Tables, tables
 from lit_sparse.attention.triton.work import ITEM_FIELDS, Work, make_work
 
@@ -154,7 +155,8 @@ def forward(
     tma = config.tma and describable(k, v)
     grid = (selection.plan.tiles * problem.rows.chunks(size), problem.heads)
     if grid[0]:
-        forward_kernel[grid](
+        run(
+            forward_kernel, grid,
             q, *(_keys(x, step, tma) for x in (k, v)), out, lse, sinks,
             selection.columns, selection.entry, problem.tables.tiles, selection.columns.shape[1],
             *problem.logits, *_strides(q, k, v, out), lse.stride(0),
@@ -187,7 +189,8 @@ def backward(
     lse2, delta = torch.empty(
         2, heads, tokens, rows.groups, dtype=torch.float32, device=q.device
     ).unbind()
-    statistics_kernel[(-(-tokens * q.shape[1] // 64),)](
+    run(
+        statistics_kernel, (-(-tokens * q.shape[1] // 64),),
         out, grad_out, lse, lse2, delta, tokens, *_strides(out, grad_out),
         G=rows.groups, HEADS=q.shape[1], D=problem.dim, DP=shape["DP"], ROWS=64,
     )  # fmt: skip
@@ -196,7 +199,8 @@ def backward(
     size, step = rows.count(config.rows), min(config.step, selection.block)
     tma = config.tma and describable(k, v)
     slots = selection.columns.shape[1]
-    dq_kernel[(selection.plan.tiles * rows.chunks(size), heads)](
+    run(
+        dq_kernel, (selection.plan.tiles * rows.chunks(size), heads),
         q, *(_keys(x, step, tma) for x in (k, v)), grad_out, lse2, delta, dq,
         selection.columns, selection.entry, problem.tables.tiles, slots, tokens,
         options.scale, *problem.logits, *_strides(q, k, v, grad_out, dq),
@@ -239,7 +243,8 @@ def _keys_backward(
         work.partials, 2, block, shape["DP"], dtype=torch.float32, device=q.device
     )
     for want_dk, want_dv in ((True, False), (False, True)) if config.split else ((True, True),):
-        dkdv_kernel[(len(work.items), block // keys)](
+        run(
+            dkdv_kernel, (len(work.items), block // keys),
             operands[0], k, v, operands[1], lse2, delta, dk, dv, partial,
             work.lists, work.entries, work.items, problem.tables.blocks,
             work.lists.shape[1], q.shape[0], problem.options.scale, *problem.logits,
@@ -250,7 +255,8 @@ def _keys_backward(
         )  # fmt: skip
     blocks = len(problem.tables.blocks)
     if work.partials:
-        reduce_kernel[(blocks, problem.heads, block // keys)](
+        run(
+            reduce_kernel, (blocks, problem.heads, block // keys),
             partial, work.columns, dk, dv, problem.tables.blocks, blocks, *_strides(dk, dv),
             BLOCK_FIELDS=BLOCK_FIELDS, D=problem.dim, DP=shape["DP"], BLOCK=block, KEYS=keys,
         )  # fmt: skip

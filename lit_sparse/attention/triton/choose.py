@@ -9,7 +9,10 @@ NONE = tl.constexpr(-1)
 
 @triton.jit
 def fill_kernel(COLUMNS, ENTRY, TILES, slots, TILE_FIELDS: tl.constexpr, CHUNK: tl.constexpr):
-    """What lengths alone decide: sink, local and diagonal blocks; -1 elsewhere. Grid (tiles, Hkv)."""
+    """What lengths alone decide: sink, local and diagonal blocks; -1 elsewhere.
+
+    Grid (tiles, Hkv).
+    """
     FIELD = TILES + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     offset = tl.load(FIELD + 5)
     full = tl.load(FIELD + 6).to(tl.int32)

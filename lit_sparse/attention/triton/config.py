@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from lit_sparse.attention.triton.run import architecture
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -83,14 +85,6 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 def launch(kernel: str, device: torch.device, dim: int) -> Launch:
     """The row of the table for a kernel, a device and a head dimension."""
     return TABLE[architecture(device)][kernel][max(padded_dim(dim), 64)]
-
-
-def architecture(device: torch.device) -> str:
-    """The column of the table for a device; the interpreter takes Hopper's."""
-    if device.type == "cpu":
-        return "sm_90"
-    # Blackwell and later run Ampere's rows: they are the ones without Hopper's instructions.
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
 
 
 def padded_dim(dim: int) -> int:

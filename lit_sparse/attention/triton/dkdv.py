@@ -8,7 +8,7 @@ so gradients repeat bit for bit.
 import triton
 import triton.language as tl
 
-from lit_sparse.attention.triton.primitives import cap_logits, load_keys
+from lit_sparse.attention.triton.primitives import cap_logits, load_keys, load_rows
 
 
 @triton.jit
@@ -50,14 +50,18 @@ def statistics_kernel(
 
 
 @triton.jit
-def _load_statistic(X, first, existing, other, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr):
+def _load_statistic(
+    X, first, existing, other, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr
+):
     """Rows [ROWS] of X [T, G] from token `first` on; `other` where no row is."""
     row = tl.arange(0, ROWS)
     if G == GP:
         # One run of memory.
-        return tl.load(X + first * G + row, mask=row < existing * G, other=other)
-    exists = (row // GP < existing) & (row % GP < G)
-    return tl.load(X + first * G + row // GP * G + row % GP, mask=exists, other=other)
+        x = tl.load(X + first * G + row, mask=row < existing * G, other=other)
+    else:
+        exists = (row // GP < existing) & (row % GP < G)
+        x = tl.load(X + first * G + row // GP * G + row % GP, mask=exists, other=other)
+    return x
 
 
 @triton.jit
@@ -81,17 +85,10 @@ def _load_packed(
     are the next document's, and their weights are 0.
     """
     if TMA:
-        return X.load([first.to(tl.int32), head * G, 0]).reshape(ROWS, DP)
-    row = tl.arange(0, ROWS)
-    dim = tl.arange(0, DP)
-    base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * G * head_stride
-    offsets = (row // GP * token_stride + row % GP * head_stride)[:, None] + dim[None, :]
-    mask = (row // GP < existing)[:, None]
-    if G != GP:
-        mask &= (row % GP < G)[:, None]
-    if D != DP:
-        mask = mask & (dim < D)[None, :]
-    return tl.load(base + offsets, mask=mask, other=0.0)
+        x = X.load([first.to(tl.int32), head * G, 0]).reshape(ROWS, DP)
+    else:
+        x = load_rows(X, first, head, token_stride, head_stride, existing, G, GP, D, DP, ROWS)
+    return x
 
 
 @triton.jit
@@ -254,17 +251,21 @@ def dkdv_kernel(
         dk = dk * scale
     if partial < 0:
         if WANT_DK:
-            to = DK + first_key * dk_token + head.to(tl.int64) * dk_head
-            tl.store(to + inside * dk_token + dim[None, :], dk.to(DK.dtype.element_ty), mask=mask)
+            to_dk = DK + first_key * dk_token + head.to(tl.int64) * dk_head
+            tl.store(
+                to_dk + inside * dk_token + dim[None, :], dk.to(DK.dtype.element_ty), mask=mask
+            )
         if WANT_DV:
-            to = DV + first_key * dv_token + head.to(tl.int64) * dv_head
-            tl.store(to + inside * dv_token + dim[None, :], dv.to(DV.dtype.element_ty), mask=mask)
+            to_dv = DV + first_key * dv_token + head.to(tl.int64) * dv_head
+            tl.store(
+                to_dv + inside * dv_token + dim[None, :], dv.to(DV.dtype.element_ty), mask=mask
+            )
     else:
-        to = PARTIAL + partial * 2 * BLOCK * DP + (inner + inside) * DP + dim[None, :]
+        part = PARTIAL + partial * 2 * BLOCK * DP + (inner + inside) * DP + dim[None, :]
         if WANT_DK:
-            tl.store(to, dk)
+            tl.store(part, dk)
         if WANT_DV:
-            tl.store(to + BLOCK * DP, dv)
+            tl.store(part + BLOCK * DP, dv)
 
 
 @triton.jit

@@ -22,15 +22,14 @@ def load_rows(
     DP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rows [ROWS, DP] of X [T, Hq, D] from packed token `first` on; zeros past `existing` tokens."""
+    """Rows [ROWS, DP] of X [T, Hq, D] from packed token `first` on; 0 past `existing` tokens."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DP)
     base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * G * head_stride
     offsets = (row // GP * token_stride + row % GP * head_stride)[:, None] + dim[None, :]
-    if D == DP:
-        mask = ((row // GP < existing) & (row % GP < G))[:, None]
-    else:
-        mask = ((row // GP < existing) & (row % GP < G))[:, None] & (dim < D)[None, :]
+    mask = ((row // GP < existing) & (row % GP < G))[:, None]
+    if D != DP:
+        mask = mask & (dim < D)[None, :]
     return tl.load(base + offsets, mask=mask, other=0.0)
 
 
@@ -78,21 +77,24 @@ def load_keys(
     TMA: X is a tensor descriptor and the strides are unused.
     """
     key = tl.arange(0, KEYS)
+    dim = tl.arange(0, DP)
     if TMA:
         x = X.load([first.to(tl.int32), head, 0]).reshape(KEYS, DP)
         if MASKED:
             x = tl.where((key < existing)[:, None], x, tl.zeros_like(x))
-        return x
-    dim = tl.arange(0, DP)
-    base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    offsets = key[:, None] * token_stride + dim[None, :]
-    if MASKED:
-        mask = (key < existing)[:, None] & (dim < D)[None, :]
-        return tl.load(base + offsets, mask=mask, other=0.0)
-    if D == DP:
-        return tl.load(base + offsets)
-    mask = tl.broadcast_to((dim < D)[None, :], (KEYS, DP))
-    return tl.load(base + offsets, mask=mask, other=0.0)
+    else:
+        base = X + first.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+        offsets = key[:, None] * token_stride + dim[None, :]
+        if MASKED:
+            x = tl.load(
+                base + offsets, mask=(key < existing)[:, None] & (dim < D)[None, :], other=0.0
+            )
+        elif D == DP:
+            x = tl.load(base + offsets)
+        else:
+            mask = tl.broadcast_to((dim < D)[None, :], (KEYS, DP))
+            x = tl.load(base + offsets, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from lit_sparse.attention.selection import Selection
 from lit_sparse.attention.triton.backend import rowwise
 from lit_sparse.attention.triton.choose import choose_kernel, fill_kernel
 from lit_sparse.attention.triton.config import Rows, launch, padded_dim
+from lit_sparse.attention.triton.run import run
 from lit_sparse.attention.triton.scoring import masses_kernel, means_kernel
 from lit_sparse.attention.triton.tables import BLOCK_FIELDS, TILE_FIELDS, tables
 
@@ -47,22 +48,24 @@ def select(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Selection:
     entry = torch.empty_like(columns)
     on_device = tables(plan, q.device)
     if plan.tiles:
-        fill_kernel[(plan.tiles, heads)](columns, entry, on_device.tiles, slots, TILE_FIELDS, 128)
+        run(
+            fill_kernel, (plan.tiles, heads),
+            columns, entry, on_device.tiles, slots, TILE_FIELDS, 128,
+        )  # fmt: skip
     if not plan.keeps_everything:
         _choose(q, k, plan, scale, columns, entry)
     return Selection(plan, columns, entry)
 
 
-def _choose(
-    q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, entry: Tensor
-) -> None:
+def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, entry: Tensor) -> None:
     heads, dim = k.shape[1], k.shape[2]
     rows = Rows.of(q.shape[1] // heads, plan.tile)
     on_device = tables(plan, q.device)
     blocks = len(on_device.blocks)
     q, k = rowwise(q), rowwise(k)
     means = torch.empty(heads, blocks, dim, dtype=k.dtype, device=k.device)
-    means_kernel[(blocks, heads)](
+    run(
+        means_kernel, (blocks, heads),
         k, means, on_device.blocks, blocks, k.stride(0), k.stride(1),
         BLOCK_FIELDS, dim, padded_dim(dim), plan.block,
     )  # fmt: skip
@@ -73,23 +76,24 @@ def _choose(
     asked = 1 + min(int(plan.late.max(initial=0)), plan.tile)
     late = triton.next_power_of_2(max(int(plan.late.max(initial=0)), 2))
     row_bytes = 4 * heads * (asked + chunks)
-    most = max(
-        (strip.stop - strip.before) * strip.width for strip in strips(plan, row_bytes)
-    )
+    most = max((strip.stop - strip.before) * strip.width for strip in strips(plan, row_bytes))
     sums = torch.empty(heads * chunks * most, dtype=torch.float32, device=q.device)
     masses = torch.empty(heads * asked * most, dtype=torch.float32, device=q.device)
     for strip in strips(plan, row_bytes):
         tiles = strip.stop - strip.before
-        masses_kernel[(tiles * chunks, heads)](
+        run(
+            masses_kernel, (tiles * chunks, heads),
             q, means, sums, masses, on_device.tiles, strip.before, tiles, strip.width, asked,
             blocks, scale * math.log2(math.e), q.stride(0), q.stride(1),
             TILE_FIELDS, rows.groups, rows.padded_groups, dim, padded_dim(dim), plan.tile,
             size, config.step, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         span = next((span for span in _SPANS if span >= strip.width), _SPANS[-1])
-        choose_kernel[(tiles, heads)](
+        run(
+            choose_kernel, (tiles, heads),
             sums, masses, columns, entry, on_device.tiles, strip.before, tiles, strip.width, asked,
-            strip.first - strip.before, columns.shape[1], TILE_FIELDS, plan.tile, chunks, span, -(-strip.width // span), late,
+            strip.first - strip.before, columns.shape[1], TILE_FIELDS, plan.tile, chunks, span,
+            -(-strip.width // span), late,
             num_warps={256: 4, 1024: 4, 4096: 8, 16384: 16}[span],
         )  # fmt: skip
 

@@ -1,0 +1,54 @@
+"""The one place where kernels are started, so that launches can be recorded instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch: the kernel, its grid, positional arguments, keywords (constants and options)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recording: list[Call] | None = None
+_target: str | None = None
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start a kernel, unless its grid is empty."""
+    if _recording is not None:
+        _recording.append(Call(kernel, grid, args, options))
+    elif all(grid):
+        kernel[grid](*args, **options)
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU generation whose launch table a device takes; the interpreter takes Hopper's."""
+    if _target is not None:
+        return _target
+    if device.type == "cpu":
+        return "sm_90"
+    # Other generations run Ampere's rows: they are the ones without Hopper's instructions.
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+
+
+@contextmanager
+def recorded(target: str) -> Iterator[list[Call]]:
+    """Inside, kernels are not started but listed, as they would run on `target` ("sm_90")."""
+    global _recording, _target
+    before = _recording, _target
+    _recording, _target = [], target
+    try:
+        yield _recording
+    finally:
+        _recording, _target = before
