@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_sparse.attention import cpu, reference
-from lit_sparse.attention.dense import dense_attention
+from lit_sparse.attention import cpu, dense, reference
 from lit_sparse.attention.options import Options
 from lit_sparse.attention.selection import Selection
 
@@ -68,6 +67,14 @@ def sparse_attention(
     backend = backend or default_backend(q.device)
     get_backend(backend).check(q, sinks, selection, options)
     return _SparseAttention.apply(q, k, v, sinks, selection, options, backend)
+
+
+def runs_dense(
+    q: Tensor, sinks: Tensor | None, selection: Selection, options: Options, backend: str | None
+) -> bool:
+    """Whether PyTorch's dense kernel computes the same and is faster: by lengths alone."""
+    whole = selection.keeps_everything and options.plain and sinks is None
+    return backend is None and whole and dense.has_kernel(q, selection.plan)
 
 
 class _SparseAttention(torch.autograd.Function):

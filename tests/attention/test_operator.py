@@ -158,7 +158,7 @@ def test_the_dense_fallback_is_taken_by_lengths_alone(packed, monkeypatch):
     def dense(*args):
         raise LookupError("dense")
 
-    monkeypatch.setattr(op, "dense_attention", dense)
+    monkeypatch.setattr(op.dense, "dense_attention", dense)
     q, k, v = packed(100, 4, 2)
     everything = select(q, k, Budget(), block=8, tile=8)
     with pytest.raises(LookupError):

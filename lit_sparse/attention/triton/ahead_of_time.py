@@ -52,7 +52,7 @@ class Report:
         shared: shared memory of a program, bytes.
         programs: that a multiprocessor holds at a time.
         tensor_cores: "wgmma", "mma" or "-".
-        depth: buffers of each operand that the loop loads ahead, the fewest; 0 if it has none.
+        ahead: steps that loads run ahead of their use, in the loop where they are fewest.
         warnings: ptxas' own, such as C7515 (wgmma serialised).
     """
 
@@ -65,7 +65,7 @@ class Report:
     shared: int
     programs: int
     tensor_cores: str
-    depth: int
+    ahead: int
     warnings: tuple[str, ...]
 
 
@@ -135,7 +135,7 @@ def compile_call(call: Call, target: str) -> Report:
         shared=shared,
         programs=min(by_registers, by_shared, 64 // warps, 32),
         tensor_cores="wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "-",
-        depth=_depth(compiled.asm["ttgir"]),
+        ahead=_ahead(compiled.asm["ttgir"]),
         warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|warning[^\n]*", log)),
     )
 
@@ -176,11 +176,37 @@ def _assemble(ptx: str, target: str) -> str:
     return done.stderr + done.stdout
 
 
-def _depth(ttgir: str) -> int:
-    """The fewest buffers of an operand that is loaded ahead, read from the pipelined loops."""
-    shapes = re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<([0-9x]+)x[bf]", ttgir)
-    depths = [int(shape.split("x")[0]) for shape in shapes if shape.count("x") >= 2]
-    return min(depths, default=0)
+_LOOP = re.compile(r"scf\.for ")
+_COPY = re.compile(
+    r"async_tma_copy_global_to_local|async_copy_global_to_local.*tensor<\d+x\d+x!tt\.ptr<(?:bf|f)16"
+)
+
+
+def _ahead(ttgir: str) -> int:
+    """Steps that a pipelined loop's loads run ahead of their use, the fewest of all loops.
+
+    A load that is issued s steps ahead is also issued s times before the loop. Buffers say less: a
+    loop whose addresses come too late has three of them and waits for each load in its own step.
+    """
+    fewest, before, inside, depth = None, 0, 0, 0
+    for line in ttgir.splitlines():
+        if _LOOP.search(line) and not depth:
+            depth = 1
+            inside = 0
+            continue
+        if _COPY.search(line):
+            if depth:
+                inside += 1
+            else:
+                before += 1
+        if depth:
+            depth += line.count("{") - line.count("}") if "scf." in line or "}" in line else 0
+            if depth == 0:
+                if inside:
+                    ahead = before // inside
+                    fewest = ahead if fewest is None else min(fewest, ahead)
+                before = 0
+    return fewest or 0
 
 
 def _first(pattern: str, text: str) -> str:

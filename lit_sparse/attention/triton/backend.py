@@ -256,15 +256,20 @@ def _keys_backward(
     blocks = len(problem.tables.blocks)
     if work.partials:
         run(
-            reduce_kernel, (blocks, problem.heads, block // keys),
+            reduce_kernel, (blocks, problem.heads, block // LEAST_BLOCK),
             partial, work.columns, dk, dv, problem.tables.blocks, blocks, *_strides(dk, dv),
-            BLOCK_FIELDS=BLOCK_FIELDS, D=problem.dim, DP=shape["DP"], BLOCK=block, KEYS=keys,
+            BLOCK_FIELDS=BLOCK_FIELDS, D=problem.dim, DP=shape["DP"], BLOCK=block,
+            KEYS=LEAST_BLOCK,
         )  # fmt: skip
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels read it: a copy only if it is not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x as kernels read it: last dimension contiguous, offsets within a tile below 2^31.
+
+    A copy only where it is not so.
+    """
+    far = max(x.stride(0) * 256, x.stride(1) * MOST_GROUPS) >= 2**31
+    return x.contiguous() if x.stride(-1) != 1 or far else x
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -39,7 +39,7 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
         "forward": {
             64: Launch(128, 64, 8, tma=True),
             128: Launch(128, 64, 8, tma=True),
-            256: Launch(128, 32, 8, tma=True),
+            256: Launch(128, 32, 8),
         },
         "dq": {
             64: Launch(128, 64, 8, tma=True),
@@ -60,13 +60,13 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
     "sm_80": {
         "forward": {
             64: Launch(128, 64, 8),
-            128: Launch(128, 64, 8),
-            256: Launch(64, 32, 4),
+            128: Launch(128, 32, 8),
+            256: Launch(64, 16, 4),
         },
         "dq": {
             64: Launch(128, 64, 8),
             128: Launch(128, 32, 8),
-            256: Launch(64, 32, 4),
+            256: Launch(64, 16, 4),
         },
         "dkdv": {
             64: Launch(32, 64, 4),

@@ -165,7 +165,6 @@ def dkdv_kernel(
     length = tl.load(FIELD + 2).to(tl.int32)
     first_query = tl.load(FIELD + 3)
     queries = tl.load(FIELD + 4).to(tl.int32)
-    first_tile = tl.load(FIELD + 5).to(tl.int32)
     context = length - queries
     LISTS += head.to(tl.int64) * slots + low
     ENTRIES += head.to(tl.int64) * slots + low
@@ -183,8 +182,8 @@ def dkdv_kernel(
 
     # Tiles that start before the block's last key, a prefix of the ascending list.
     ahead = tl.arange(0, triton.next_power_of_2(DIAGONAL))
-    tile = tl.load(LISTS + ahead, mask=ahead < count, other=0) - first_tile
-    reaching = (ahead < count) & (context + tile * TILE < key_start + KEYS)
+    start = tl.load(LISTS + ahead, mask=ahead < count, other=0)
+    reaching = (ahead < count) & (context + start < key_start + KEYS)
     diagonal = tl.sum(reaching.to(tl.int32), 0)
 
     last = tl.maximum(count - 1, 0)
@@ -195,12 +194,12 @@ def dkdv_kernel(
             begin, end = diagonal, count
         slot = begin
         sub = 0
-        at = tl.minimum(slot, last)
-        tile_token = (tl.load(LISTS + at) - first_tile) * TILE
-        entry = tl.load(ENTRIES + at)
+        token_start = tl.load(LISTS + tl.minimum(slot, last))
+        entry = tl.load(ENTRIES + tl.minimum(slot, last))
         for _ in range(begin * SUB, end * SUB):
-            token_start = tile_token + sub * TOKENS
-            existing = tl.minimum(tile_token + TILE, queries) - token_start
+            existing = queries - token_start
+            if TOKENS > TILE:
+                existing = tl.minimum(existing, TILE)
             q = _load_packed(
                 Q, first_query + token_start, head, q_token, q_head, existing,
                 G, GP, D, DP, ROWS, TMA,
@@ -210,7 +209,7 @@ def dkdv_kernel(
                 G, GP, D, DP, ROWS, TMA,
             )  # fmt: skip
             lse = _load_statistic(LSE, token_start, existing, float("inf"), G, GP, ROWS)
-            token = tl.arange(0, ROWS) // GP + sub * TOKENS
+            token = token_start + tl.arange(0, ROWS) // GP
             lse = tl.where(token >= entry, lse, float("inf"))
             logits = tl.dot(k, tl.trans(q))
             if SOFTCAP:
@@ -218,10 +217,9 @@ def dkdv_kernel(
             else:
                 logits = logits * scale_log2
             if MASKED or WINDOW:
-                position = context + tile_token + token
-                seen = key[:, None] <= position[None, :]
+                seen = key[:, None] <= context + token[None, :]
                 if WINDOW:
-                    seen &= position[None, :] - key[:, None] < window
+                    seen &= context + token[None, :] - key[:, None] < window
                 logits = tl.where(seen, logits, float("-inf"))
             weights = tl.exp2(logits - lse[None, :])
             if WANT_DV:
@@ -236,13 +234,13 @@ def dkdv_kernel(
 
             if SUB == 1:
                 slot += 1
+                token_start = tl.load(LISTS + tl.minimum(slot, last))
             else:
                 wrap = (sub == SUB - 1).to(tl.int32)
                 slot += wrap
                 sub = (sub + 1) * (1 - wrap)
-            at = tl.minimum(slot, last)
-            tile_token = (tl.load(LISTS + at) - first_tile) * TILE
-            entry = tl.load(ENTRIES + at)
+                token_start = tl.load(LISTS + tl.minimum(slot, last)) + sub * TOKENS
+            entry = tl.load(ENTRIES + tl.minimum(slot, last))
 
     dim = tl.arange(0, DP)
     mask = (tl.arange(0, KEYS) < existing_keys)[:, None] & (dim < D)[None, :]

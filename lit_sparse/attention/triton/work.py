@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.attention.selection import Selection
+from lit_sparse.attention.triton.tables import tables
 
 ITEMS = 1024
 """Work items that a perfectly even selection would be cut into: several for each of the programs
@@ -24,8 +25,9 @@ class Work:
     """What each program of dK/dV does.
 
     Args:
-        lists: int32 [Hkv, slots], tiles by key block, ascending (`Selection.transpose`).
-        entries: int32 [Hkv, slots], first row of the tile that sees the block.
+        lists: int32 [Hkv, slots], by key block, ascending: the first query of each tile that keeps
+            the block, counted from the document's first.
+        entries: int32 [Hkv, slots], the first query of that tile that sees the block, likewise.
         items: int64 [items, 5]: head, block (-1: nothing to do), first and last + 1 entry of the
             head's lists, and where the partial sums go (-1: this item is the whole column).
         columns: int64 [Hkv, blocks, 2]: first partial sum and how many, 0 for columns not cut.
@@ -79,9 +81,12 @@ def make_work(selection: Selection, size: int | None = None) -> Work:
     # Parts of long columns start first, or they would end last; the rest keeps its order, in which
     # neighbours read the same queries.
     later = torch.where(real, (~cut[column]).to(torch.int8), 2)
+    first_tile = tables(selection.plan, device).tiles[:, 9]
+    start = (torch.arange(len(first_tile), device=device) - first_tile) * selection.tile
+    lists = start.to(torch.int32)[by_block.tiles.clamp(min=0)]
     return Work(
-        lists=by_block.tiles,
-        entries=by_block.entry,
+        lists=lists,
+        entries=lists + by_block.entry,
         items=items[later.argsort(stable=True)],
         columns=torch.stack([first_partial, partial_parts], dim=1).view(heads, blocks, 2),
         # A column that is cut has more than `size` tiles, and at most twice the parts of those.
