@@ -61,8 +61,8 @@ def sparse_attention(
             return reference.attention(
                 q, k, v, selection, scale, window=window, softcap=softcap, sinks=sinks
             )
-    if backend is None and selection.keeps_everything and options.plain and sinks is None:
-        out, lse = dense_attention(q, k, v, selection.plan, scale)
+    if runs_dense(q, sinks, selection, options, backend):
+        out, lse = dense.dense_attention(q, k, v, selection.plan, scale)
         return out, lse.detach()
     backend = backend or default_backend(q.device)
     get_backend(backend).check(q, sinks, selection, options)
