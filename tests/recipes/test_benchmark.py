@@ -176,7 +176,6 @@ def test_other_dtypes_run(dtype, tmp_path):
         ("--block 48", "--block must be a power of two, got 48"),
         ("--tile 3", "--tile must be a power of two, got 3"),
         ("--alpha -1", "--alpha must be a positive number"),
-        ("--device cuda", "comes with the Triton kernels"),
         ("--what speed", "invalid choice: 'speed'"),
         ("--rows 8", "unrecognized arguments: --rows 8"),
         ("--json no/such/folder.json", "there is no directory no/such"),

@@ -1,0 +1,34 @@
+"""The same tests run in Triton's interpreter on a CPU (tests/conftest.py turns it on) and on a GPU
+where there is one.
+"""
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture
+def half():
+    """The low precision of the device: the interpreter computes bfloat16 products wrongly."""
+    return torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
+
+@pytest.fixture
+def draw(device):
+    """Builds q [T, Hq, D], k and v [Tk, Hkv, D] on the device; the scale multiplies all three."""
+
+    def build(tokens, hq, hkv, dim, dtype, *, keys=None, scale=1.0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        keys = tokens if keys is None else keys
+        shapes = ((tokens, hq, dim), (keys, hkv, dim), (keys, hkv, dim))
+        return tuple(
+            (scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes
+        )
+
+    return build
