@@ -10,6 +10,7 @@ _RECIPES = {
     "validate": ("lit_sparse.recipes.fit", "validate a checkpoint of a run"),
     "test": ("lit_sparse.recipes.fit", "the same, as Lightning's test stage"),
     "configs": ("lit_sparse.recipes.shipped_configs", "list the shipped configs"),
+    "kernels": ("lit_sparse.recipes.kernels", "compile the GPU kernels and report on them"),
     "benchmark": ("lit_sparse.recipes.benchmark", "time sparse attention, measure the selection"),
 }
 _LIGHTNING = ("fit", "validate", "test")

@@ -17,6 +17,8 @@ from lit_sparse.attention.selection import Selection
 BACKENDS = ("triton", "cpu", "reference")
 
 
+# A plan is host arithmetic, which torch.compile would trace in pieces. Models have an operator.
+@torch.compiler.disable
 def sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -27,6 +27,8 @@ _STRIP_BYTES = 8 * 2**20
 _warned: set[tuple[Budget, int, int]] = set()
 
 
+# A plan is host arithmetic, which torch.compile would trace in pieces. Models have an operator.
+@torch.compiler.disable
 @torch.no_grad()
 def select(
     q: Tensor,
@@ -88,7 +90,7 @@ def select(
         warnings.warn(
             f"{budget} is below what is always kept (sink and local window, in whole blocks of "
             f"{block}): with tile={tile} the effective minimum is {plan.raised_to} keys",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -130,9 +132,7 @@ def _wants_triton(
     return True
 
 
-def tile_of(
-    tile: int | None, queries: tuple[int, ...], keys: tuple[int, ...], groups: int
-) -> int:
+def tile_of(tile: int | None, queries: tuple[int, ...], keys: tuple[int, ...], groups: int) -> int:
     """Queries of a tile, as `select` documents it: the size asked for, the default, or one row."""
     if np.diff(queries).max(initial=0) <= 1 and queries != keys:
         return 1

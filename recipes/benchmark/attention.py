@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_sparse.recipes.benchmark.load import NOTICEABLE, OtherLoad
 from lit_sparse.recipes.benchmark.memory import peak_mib
-from lit_sparse.recipes.benchmark.report import number
+from lit_sparse.recipes.benchmark.report import number, short
 from lit_sparse.recipes.benchmark.steps import (
     Problem,
     Times,
@@ -93,13 +93,13 @@ def cells(result: dict[str, Any]) -> list[str]:
     """The row of `GROUPS` for what `measure` returned."""
     sparse, dense, length = result["sparse_ms"], result["dense_ms"], result["length"]
     row = [str(length), str(result["keys"]), number(result["density"], 3)]
-    row += [_short(sparse[part]) for part in ("selection", "forward", "backward", "total")]
+    row += [short(sparse[part]) for part in ("selection", "forward", "backward", "total")]
     row += [str(len(result["dense_runs_ms"]))]
-    row += [_short(dense[part]) for part in ("forward", "backward", "total")]
+    row += [short(dense[part]) for part in ("forward", "backward", "total")]
     row += [number(result["ratio"], 2), number(result["flops_ratio"], 2)]
     for side in ("sparse", "dense"):
         peak = result.get(f"{side}_peak_mib")
-        row += [_short(peak), _short(None if peak is None else peak * 1024 / length)]
+        row += [short(peak), short(None if peak is None else peak * 1024 / length)]
     return row
 
 
@@ -137,8 +137,3 @@ def _medians(runs: list[Times]) -> Times:
 
 def _milliseconds(times: Times) -> Times:
     return {part: seconds * 1e3 for part, seconds in times.items()}
-
-
-def _short(value: float | None) -> str:
-    """Three digits or more, whatever the size."""
-    return number(value, 0 if value is not None and value >= 100 else 1)

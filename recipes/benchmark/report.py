@@ -54,6 +54,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def short(value: float | None) -> str:
+    """A cell of three digits or more, whatever the size."""
+    return number(value, 0 if value is not None and value >= 100 else 1)
+
+
 def environment(command: str) -> dict[str, Any]:
     """Where and how a benchmark ran."""
     return {
@@ -69,6 +74,12 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def describe(machine: dict[str, Any]) -> str:
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']} ({machine['gpu_memory_mib']} MiB), driver {machine['driver']}, CUDA "
+            f"{machine['cuda']}, cuDNN {machine['cudnn']}, triton {machine['triton']}, torch "
+            f"{machine['torch']}, {machine['command']}"
+        )
     return (
         f"{machine['device']}: {machine['cpu']}, {machine['threads']} threads on "
         f"{machine['cores']} cores, torch {machine['torch']}, {machine['command']}"

@@ -48,12 +48,13 @@ class Problem:
         return cls(**{**stored, "budget": Budget(**stored["budget"])})
 
 
-def packed_inputs(problem: Problem) -> tuple[Tensor, ...]:
+def packed_inputs(problem: Problem, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
     """q, k, v (with gradients) and the gradient of the output, [T, H, D], from a fixed seed."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
 
     def draw(heads: int) -> Tensor:
-        x = torch.randn(problem.length, heads, problem.head_dim, generator=generator)
+        shape = (problem.length, heads, problem.head_dim)
+        x = torch.randn(shape, generator=generator, device=device)
         return x.to(getattr(torch, problem.dtype))
 
     q, k, v = draw(problem.heads), draw(problem.kv_heads), draw(problem.kv_heads)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +137,6 @@ def compile_call(call: Call, target: str) -> Report:
         ahead=_ahead(compiled.asm["ttgir"]),
         warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|warning[^\n]*", log)),
     )
-
-
-def report(target: str, dims: Sequence[int]) -> list[Report]:
-    """All kernels of a selection, forward and backward, for each head dimension."""
-    return [compile_call(call, target) for dim in dims for call in attention_calls(target, dim)]
 
 
 def _kind(value: object) -> str | None:

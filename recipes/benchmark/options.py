@@ -1,0 +1,195 @@
+"""The options of `lit-sparse benchmark`: parsers of its jobs, defaults by device, checks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from lit_sparse.attention.select import check_power_of_two
+from lit_sparse.budget import Budget
+from lit_sparse.recipes.benchmark import cuda
+from lit_sparse.recipes.benchmark.clock import MOST_RUNS
+from lit_sparse.recipes.benchmark.report import BadArgument
+from lit_sparse.recipes.benchmark.steps import DTYPES
+
+PROGRAM = "lit-sparse benchmark"
+
+DESCRIPTIONS = {
+    "attention": "Time sparse attention, selection included, against dense attention.",
+    "selection": "Measure how much attention mass each selection rule misses in a model.",
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "lengths": [4096, 8192, 16384],
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "dtype": "float32",
+        "repeats": 3,
+    },
+    "cuda": {
+        "lengths": list(cuda.LENGTHS),
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "repeats": MOST_RUNS,
+    },
+}
+
+DEFAULT_SECONDS = 330
+"""What the benchmark on CUDA may take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadArgument(message)
+
+
+def attention_parser() -> _Parser:
+    parser = _parser("attention", alpha=16.0, exponent=0.5, floor=0, block=64)
+    add = parser.add_argument
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to run (default: %(default)s)",
+    )
+    kinds: dict[str, tuple[Callable[[str], Any], str]] = {
+        "lengths": (_integers, "context lengths, tokens, with commas"),
+        "heads": (int, "query heads"),
+        "kv-heads": (int, "key-value heads"),
+        "head-dim": (int, "dimension of a head"),
+        "repeats": (
+            int,
+            "timed runs, after one warm-up; on CUDA at most, fewer where they take long",
+        ),
+    }
+    for name, (kind, text) in kinds.items():
+        add(f"--{name}", type=kind, metavar="N", help=f"{text} ({_defaults(name)})")
+    add("--plot", type=Path, metavar="PATH", help="draw time against length here (CUDA; .png)")
+    add("--compare", type=Path, metavar="JSON", help="hold this run against an earlier one (CUDA)")
+    add(
+        "--seconds",
+        type=int,
+        metavar="N",
+        help="drop peers, then lengths of dense attention, that would take the run past this "
+        f"(CUDA; default: {DEFAULT_SECONDS})",
+    )
+    add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
+    return parser
+
+
+def selection_parser() -> _Parser:
+    parser = _parser("selection", alpha=4.0, exponent=0.5, floor=128, block=16, sink=16)
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory; its tokenizer is used if it has one, else bytes",
+    )
+    add(
+        "--data",
+        default="stdlib",
+        help="corpus: a folder, a file, or 'stdlib'; its validation documents are read "
+        "(default: %(default)s)",
+    )
+    add("--length", type=int, default=4096, help="tokens of a document (default: %(default)s)")
+    add("--documents", type=int, default=4, help="documents, at most (default: %(default)s)")
+    add("--rows", type=int, default=64, help="rows sampled in each (default: %(default)s)")
+    return parser
+
+
+def _defaults(name: str) -> str:
+    on = {device: values[name.replace("-", "_")] for device, values in DEFAULTS.items()}
+    texts = {
+        device: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for device, value in on.items()
+    }
+    return f"default: {texts['cpu']}; on CUDA {texts['cuda']}"
+
+
+def which(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Which job, and the arguments that are its own."""
+    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--what", choices=DESCRIPTIONS, default="attention")
+    options, rest = parser.parse_known_args(argv)
+    return options.what, rest
+
+
+def _parser(what: str, **law: Any) -> _Parser:
+    """What both jobs take; `law` sets the defaults that they do not share."""
+    others = " or ".join(f"--what {job} --help" for job in DESCRIPTIONS if job != what)
+    parser = _Parser(
+        prog=f"{PROGRAM} --what {what}",
+        description=DESCRIPTIONS[what],
+        epilog=f"The other job: {PROGRAM} {others}.",
+        allow_abbrev=False,
+    )
+    default = {name: getattr(Budget(), name) for name in ("sink", "local", "late")} | law
+    kinds: dict[str, tuple[Callable[[str], Any], str]] = {
+        "alpha": (float, "factor of k(n) = alpha * n^exponent, keys"),
+        "exponent": (float, "exponent of the law, 0 to 1"),
+        "floor": (int, "fewest keys"),
+        "sink": (int, "tokens at the start that are always kept"),
+        "local": (float, "share of the budget spent on the nearest keys"),
+        "late": (float, "share of the other blocks that a tile's own rows choose"),
+        "block": (int, "keys of a block"),
+    }
+    for name, (kind, text) in kinds.items():
+        parser.add_argument(
+            f"--{name}", type=kind, default=default[name], help=f"{text} (default: %(default)s)"
+        )
+    add = parser.add_argument
+    add("--tile", type=int, help="queries of a tile (default: by query heads a key-value head)")
+    dtype = _defaults("dtype") if what == "attention" else "default: float32"
+    add("--dtype", choices=DTYPES, help=f"({dtype})")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    add("--json", type=Path, metavar="PATH", help="write all numbers here")
+    return parser
+
+
+def check_common(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        at_least_one("threads", options.threads)
+    try:
+        check_power_of_two("--block", options.block)
+        if options.tile is not None:
+            check_power_of_two("--tile", options.tile)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    if options.json is not None and not options.json.parent.is_dir():
+        raise BadArgument(f"--json {options.json}: there is no directory {options.json.parent}")
+
+
+def budget(options: argparse.Namespace) -> Budget:
+    try:
+        return Budget(
+            alpha=options.alpha,
+            exponent=options.exponent,
+            floor=options.floor,
+            sink=options.sink,
+            local=options.local,
+            late=options.late,
+        )
+    except ValueError as error:
+        raise BadArgument(str(error).replace("budget.", "--")) from error
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers with commas, got {text!r}") from None
+
+
+def at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise BadArgument(f"--{name.replace('_', '-')} must be >= 1, got {value}")
