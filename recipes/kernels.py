@@ -24,8 +24,9 @@ GROUPS = (
     ("ptxas", ("warnings",)),
 )
 
-NOTE = """at a time: programs that a multiprocessor holds. products: the tensor-core path. loads ahead:
-steps between the start of a gathered load and its use, in the loop where they are fewest."""
+NOTE = """at a time: programs that a multiprocessor holds. products: the tensor-core path.
+loads ahead: steps between the start of a gathered load and its use, in the loop where they are
+fewest."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,8 +56,8 @@ def main(argv: list[str]) -> int:
 
     if interpreting():
         print(
-            "lit-sparse kernels: error: TRITON_INTERPRET is set: Triton would interpret the kernels "
-            "and not compile them; unset it",
+            "lit-sparse kernels: error: TRITON_INTERPRET is set: Triton would interpret the "
+            "kernels and not compile them; unset it",
             file=sys.stderr,
         )
         return 2

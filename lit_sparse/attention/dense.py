@@ -61,9 +61,7 @@ def dense_attention(
     return torch.cat(outs), torch.cat(lses)
 
 
-def _on_cuda(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
-) -> tuple[Tensor, Tensor]:
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     lengths = np.diff(plan.queries)
     longest = int(lengths.max())
     if (lengths == longest).all():

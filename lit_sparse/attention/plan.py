@@ -7,8 +7,8 @@ synchronises with a device, and two calls on the same lengths share one plan.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.attention.options import Options
 from lit_sparse.models import ops
 from lit_sparse.models.state import NAME, LayerState, layer_state, read_law
 
@@ -54,33 +55,52 @@ def sparse_attention_forward(
             "lit_sparse.sparsify(model, budget)"
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    _refuse_unsupported(state.name, dropout, causal, sliding_window, softcap, s_aux)
+    _refuse_unsupported(state, dropout, causal, sliding_window, softcap, s_aux)
 
     # Under autocast RoPE leaves queries and keys in float32 while values are in half precision.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
-    model, sources = state.model, (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    # The reference has no backward that an operator could call.
-    if torch.compiler.is_compiling() and model.backend != "reference":
-        tensors = [
-            torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources
-        ]
-        return ops.attention(
-            q, k, v, *tensors, scaling, state.law, model.backend, state.layer, model.number
-        )[0], None
-    return _eager(state, q, k, v, sources, scaling), None
-
-
-@torch.compiler.disable
-def _eager(state, q, k, v, sources, scaling):
-    documents = ops.find(state.model, state.layer, q, k, *sources)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    model = state.model
+    sources: ops.Sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    if torch.compiler.is_compiling():
+        tensors = [torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources]
+        asking, constants = (state.number, model.number), (scale, None, None, state.law)
+        return ops.attention(q, k, v, None, *tensors, *asking, *constants, model.backend)[0], None
+    documents = ops.find(model, state.layer, q, k, sources)
     out, _, _ = ops.attend(
-        q, k, v, documents, read_law(state.law), scaling, state.model.backend, state.layer, state.model
+        q,
+        k,
+        v,
+        None,
+        documents,
+        Options(scale),
+        read_law(state.law),
+        model.backend,
+        state.layer,
+        model,
     )
-    return ops.unpack(out, documents.queries, *q.shape[:2])
+    return ops.unpack(out, documents.queries, *q.shape[:2]), None
+
+
+def padding_mask(
+    *, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The 2D padding mask, or None, under the contract of transformers' `AttentionMaskInterface`.
+
+    No n x n mask is built, as for flash attention. Whether a mask has padding depends on data: a
+    compiled graph, which cannot ask, hands over every mask, and `find_documents` looks.
+    """
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask[:, -kv_length:]
+    whole = attention_mask.shape[1] == kv_length
+    if whole and not torch.compiler.is_compiling() and attention_mask.all():
+        return None
+    return attention_mask
 
 
 def _refuse_unsupported(
-    layer: str,
+    state: LayerState,
     dropout: float,
     causal: bool,
     sliding_window: int | None,
@@ -103,6 +123,6 @@ def _refuse_unsupported(
     for feature, (present, advice) in refused.items():
         if present:
             raise NotImplementedError(
-                f"{layer}: sparse attention does not support {feature}: {advice}, or call "
+                f"{state.name}: sparse attention does not support {feature}: {advice}, or call "
                 "unsparsify(model) to go back to sdpa"
             )

@@ -7,13 +7,13 @@ it, so `DocumentCache` does it once per forward and not once per layer.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Forwards whose backward is still to come (gradient accumulation over checkpointed layers) and may
 # ask again. A forward that fell out of the cache is read again: slower, never wrong.
@@ -209,35 +209,35 @@ def _from_positions(batch: int, q_len: int, k_len: int, position_ids: Tensor | N
     return Documents(rows, tuple(range(0, batch * k_len + 1, k_len)))
 
 
-_Source = Tensor | Sequence[int] | None
+@dataclass(frozen=True)
+class _Identity:
+    """What a tensor reads: equal for two tensors on the same memory, whatever it holds.
+
+    Memory and not the tensor object, because compiled graphs make a new view for every operator. A
+    weak reference, because an address is used again once its memory is free.
+    """
+
+    storage: StorageWeakRef
+    offset: int | torch.SymInt
+    shape: torch.Size
+    stride: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    version: int | None
 
 
 @dataclass
 class _Entry:
-    """One found forward: the tensors it was read from, and the layers that have used it."""
+    """One found forward: the sizes and sources it was read from, and the layers that used it."""
 
     sizes: tuple[int, int, int]
-    sources: tuple[weakref.ref[Tensor] | tuple[int, ...] | None, ...]
-    versions: tuple[int | None, ...]
+    sources: tuple[_Identity | tuple[int, ...] | None, ...]
     documents: Documents
     used_by: set[int] = field(default_factory=set)
 
-    def is_of(self, sizes: tuple[int, int, int], sources: tuple[_Source, ...]) -> bool:
-        if self.sizes != sizes:
-            return False
-        for mine, version, other in zip(self.sources, self.versions, sources, strict=True):
-            if isinstance(mine, weakref.ref):
-                # The object itself, not its id: an id is used again once its tensor is gone.
-                if other is None or mine() is not other or version != _version(other):
-                    return False
-            elif mine != (other if other is None or isinstance(other, Tensor) else tuple(other)):
-                return False
-        return True
-
     @property
     def alive(self) -> bool:
-        return all(
-            not isinstance(source, weakref.ref) or source() is not None for source in self.sources
+        return not any(
+            isinstance(source, _Identity) and source.storage.expired() for source in self.sources
         )
 
 
@@ -246,10 +246,10 @@ class DocumentCache:
 
     A forward hands the same tensors to each of its layers once. So an entry serves every layer
     once: when a layer asks again a new forward has begun, and documents are found again, whatever
-        happened to
-    the tensors in between (inference tensors, which Lightning validates with, do not count their
-    changes). In backward, where activation checkpointing computes a layer again, an entry serves as
-    often as it is asked, provided that its tensors' version counters stand where they stood.
+    happened to the tensors in between (inference tensors, which Lightning validates with, do not
+    count their changes). In backward, where activation checkpointing computes a layer again and a
+    compiled graph asks once more, an entry serves as often as it is asked, provided that its
+    tensors' version counters stand where they stood.
     """
 
     def __init__(self) -> None:
@@ -269,8 +269,11 @@ class DocumentCache:
     ) -> Documents:
         """`find_documents` of these arguments, remembered; `layer` is who asks."""
         sizes = (batch, q_len, k_len)
-        sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-        entry = next((entry for entry in self._entries if entry.is_of(sizes, sources)), None)
+        sources = tuple(
+            _identity(source)
+            for source in (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        )
+        entry = next((e for e in self._entries if (e.sizes, e.sources) == (sizes, sources)), None)
         if entry is not None and (in_backward() or layer not in entry.used_by):
             entry.used_by.add(layer)
             return entry.documents
@@ -283,13 +286,7 @@ class DocumentCache:
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
         )
-        new = _Entry(
-            sizes,
-            tuple(_hold(source) for source in sources),
-            tuple(_version(source) for source in sources),
-            documents,
-            {layer},
-        )
+        new = _Entry(sizes, sources, documents, {layer})
         others = [other for other in self._entries if other is not entry and other.alive]
         self._entries = [new, *others[: _REMEMBERED - 1]]
         return documents
@@ -300,11 +297,16 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _hold(source: _Source) -> weakref.ref[Tensor] | tuple[int, ...] | None:
+def _identity(source: Tensor | Sequence[int] | None) -> _Identity | tuple[int, ...] | None:
     if source is None:
         return None
-    return weakref.ref(source) if isinstance(source, Tensor) else tuple(source)
-
-
-def _version(source: _Source) -> int | None:
-    return source._version if isinstance(source, Tensor) and not source.is_inference() else None
+    if not isinstance(source, Tensor):
+        return tuple(source)
+    return _Identity(
+        StorageWeakRef(source.untyped_storage()),
+        source.storage_offset(),
+        source.shape,
+        source.stride(),
+        source.dtype,
+        None if source.is_inference() else source._version,
+    )

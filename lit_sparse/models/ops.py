@@ -1,8 +1,8 @@
-"""One layer's attention: as a function for eager mode, as an operator for compiled graphs.
+"""One layer's attention: `attend` for eager mode, `lit_sparse::attention` for compiled graphs.
 
 Documents and plans are host arithmetic on the data of a batch: `torch.compile` would trace them in
-pieces, and again for every batch. `lit_sparse::attention` holds all of it, so that a graph depends
-on shapes only. Eager mode goes around the operator, which costs about 100 us a call.
+pieces, and again for every batch. The operator holds all of it, so that a graph depends on shapes
+only and is one for the whole model. Eager mode goes around it: it costs about 100 us a call.
 """
 
 from __future__ import annotations
@@ -14,21 +14,43 @@ import torch
 from torch import Tensor
 
 from lit_sparse.attention import Selection, select, sparse_attention
-from lit_sparse.attention.op import default_backend, get_backend
+from lit_sparse.attention.op import default_backend, get_backend, runs_dense
 from lit_sparse.attention.options import Options
 from lit_sparse.attention.plan import make_plan
 from lit_sparse.attention.select import tile_of
 from lit_sparse.models.documents import DocumentCache, Documents
 from lit_sparse.models.state import Law, ModelState, read_law
 
+Lengths = Tensor | Sequence[int] | None
+Sources = tuple[Tensor | None, Tensor | None, Lengths, Lengths]
+"""What tells documents: attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k."""
+
+
+def find(model: ModelState | None, layer: int, q: Tensor, k: Tensor, sources: Sources) -> Documents:
+    """The documents of q [batch, q_len, ...] and k [batch, k_len, ...], once a forward."""
+    # A model may be gone before its last backward.
+    cache = DocumentCache() if model is None else model.documents
+    mask, positions, cu_q, cu_k = sources
+    return cache.find(
+        layer,
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        attention_mask=mask,
+        position_ids=positions,
+        cu_seq_lens_q=cu_q,
+        cu_seq_lens_k=cu_k,
+    )
+
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     documents: Documents,
+    options: Options,
     law: Law,
-    scale: float | None,
     backend: str | None,
     layer: int,
     model: ModelState,
@@ -36,13 +58,14 @@ def attend(
     """Selection, operator and observers of one layer.
 
     q [batch, q_len, Hq, D], k, v [batch, k_len, Hkv, D], with padding. Returns out and lse packed,
-    [T, Hq, D] and [T, Hq], and the selection: None for a batch of nothing but padding.
+    [T, Hq, D] and [T, Hq], and the selection, None for a batch of nothing but padding.
     """
     q, k, v = pack(q, documents.queries), pack(k, documents.keys), pack(v, documents.keys)
     if not len(q):
         # Connected, so that every parameter has a gradient (DDP).
         out = q + k.sum() + v.sum()
         return out, out.new_zeros(out.shape[:2], dtype=_lse_dtype(out)), None
+    scale = options.scale
     # Autocast would round the operator's float32 sums to its own dtype.
     with torch.autocast(q.device.type, enabled=False):
         selection = select(
@@ -56,7 +79,17 @@ def attend(
             tile=law.tile,
             score=law.score,
         )
-        out, lse = sparse_attention(q, k, v, selection, scale=scale, backend=backend)
+        out, lse = sparse_attention(
+            q,
+            k,
+            v,
+            selection,
+            scale,
+            backend,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=sinks,
+        )
         model.notify(layer, (q, k, v, out, lse), selection, scale, documents)
     return out, lse, selection
 
@@ -79,79 +112,50 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
-    scale: float | None,
+    layer: Tensor,
+    model: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
     law: str,
     backend: str | None,
-    layer: int,
-    model: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`attend` for compiled graphs, documents included.
+    """`find` and `attend` as one operator, differentiable by q, k, v and sinks.
 
     Args:
         q: [batch, q_len, Hq, D].
         k, v: [batch, k_len, Hkv, D].
+        sinks: [Hq] or None; like scale, window, softcap and backend, see `sparse_attention`.
         attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k: see `find_documents`.
-        scale: softmax scale; None: D ** -0.5.
+        layer, model: who asks, `LayerState.number` and `ModelState.number`.
         law: `LayerState.law`.
-        backend: "cpu", "triton" or None; the reference has no backward to call.
-        layer, model: who asks, `LayerState.layer` and `ModelState.number`.
 
     Returns:
-        out [batch, q_len, Hq, D], 0 at padding; lse [batch, q_len, Hq], not differentiable; columns
-        and entry of the selection [Hkv, slots], which the backward needs.
+        out [batch, q_len, Hq, D], 0 at padding; lse [batch, q_len, Hq]; columns and entry of the
+        selection, [Hkv, slots], for the backward. Only out is differentiable.
     """
-    state = ModelState.numbered[model]
+    state, asking = ModelState.numbered[int(model)], int(layer)
     sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    documents = find(state, layer, q, k, *sources)
-    out, lse, selection = attend(q, k, v, documents, read_law(law), scale, backend, layer, state)
+    documents = find(state, asking, q, k, sources)
+    options = Options(scale, window, softcap)
+    out, lse, selection = attend(
+        q, k, v, sinks, documents, options, read_law(law), backend, asking, state
+    )
     if selection is None:
         columns = q.new_empty(k.shape[2], 0, dtype=torch.int32)
         entry = torch.empty_like(columns)
     else:
         columns, entry = selection.columns, selection.entry
+        if state.observers:
+            # Observers may keep the selection; the graph may use its outputs' memory again.
+            columns, entry = columns.clone(), entry.clone()
     out, lse = (unpack(x, documents.queries, *q.shape[:2]).contiguous() for x in (out, lse))
     return out, lse, columns, entry
-
-
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    cu_seq_lens_k: Tensor | None,
-    scale: float | None,
-    law: str,
-    backend: str | None,
-    layer: int,
-    model: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # How long the lists are depends on the documents' lengths, and so on data.
-    slots = torch.library.get_ctx().new_dynamic_size()
-    columns = q.new_empty(k.shape[2], slots, dtype=torch.int32)
-    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
-    return q.new_empty(q.shape), lse, columns, torch.empty_like(columns)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.constants = inputs[:7], inputs[7:]
-    ctx.save_for_backward(*output, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 12
-    return *attention_backward(grad, *ctx.saved_tensors, *ctx.constants), *(None,) * 9
-
-
-attention.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("lit_sparse::attention_backward", mutates_args=())
@@ -164,82 +168,83 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
-    scale: float | None,
+    layer: Tensor,
+    model: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
     law: str,
     backend: str | None,
-    layer: int,
-    model: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `lit_sparse::attention` by q, k and v, from its results and arguments.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `lit_sparse::attention` by q, k, v and sinks (empty without them).
 
-    Where the forward fell back to dense attention, the backward is nevertheless that of the blocks:
-    it needs no more than out and lse, and is the faster of the two.
+    A backend has a backward that starts from out and lse. The dense fallback and the reference have
+    autograd's only: they run again, so that compiled gradients are those of eager mode.
     """
-    state = ModelState.numbered.get(model)
     sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    documents = find(state, layer, q, k, *sources)
-    obeyed = read_law(law)
-    queries, keys = documents.cu_seqlens, documents.cu_seqlens_k or documents.cu_seqlens
+    documents = find(ModelState.numbered.get(int(model)), int(layer), q, k, sources)
+    obeyed, options = read_law(law), Options(scale, window, softcap)
+    queries = documents.cu_seqlens
+    keys = documents.cu_seqlens_k or queries
     tile = tile_of(obeyed.tile, queries, keys, q.shape[2] // k.shape[2])
     plan = make_plan(queries, keys, obeyed.budget, obeyed.block, tile)
+    selection = Selection(plan, columns, entry)
+
+    inputs = [pack(q, documents.queries), *(pack(x, documents.keys) for x in (k, v))]
+    grad, out, lse = (pack(x, documents.queries) for x in (grad, out, lse))
     with torch.autocast(q.device.type, enabled=False):
-        grads = get_backend(backend or default_backend(q.device)).backward(
-            pack(grad, documents.queries),
-            pack(q, documents.queries),
-            pack(k, documents.keys),
-            pack(v, documents.keys),
-            None,
-            pack(out, documents.queries),
-            pack(lse, documents.queries),
-            Selection(plan, columns, entry),
-            Options(q.shape[-1] ** -0.5 if scale is None else scale),
-        )
+        if backend == "reference" or runs_dense(inputs[0], sinks, selection, options, backend):
+
+            def again(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+                extras: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks}
+                return sparse_attention(q, k, v, selection, scale, backend, **extras)[0]
+
+            given = inputs if sinks is None else [*inputs, sinks]
+            grads = (*torch.func.vjp(again, *given)[1](grad), None)
+        else:
+            kernels = get_backend(backend or default_backend(q.device))
+            grads = kernels.backward(grad, *inputs, sinks, out, lse, selection, options)
     dq = unpack(grads[0], documents.queries, *q.shape[:2])
     dk, dv = (unpack(x, documents.keys, *k.shape[:2]) for x in grads[1:3])
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    d_sinks = q.new_empty(0) if grads[3] is None else grads[3]
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), d_sinks
 
 
-@attention_backward.register_fake
-def _(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    columns: Tensor,
-    entry: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    # How long the lists are depends on the documents' lengths, and so on data.
+    slots = torch.library.get_ctx().new_dynamic_size()
+    columns = q.new_empty(k.shape[2], slots, dtype=torch.int32)
+    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), lse, columns, torch.empty_like(columns)
 
 
-def find(
-    model: ModelState | None,
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens_q: Tensor | Sequence[int] | None,
-    cu_seq_lens_k: Tensor | Sequence[int] | None,
-) -> Documents:
-    # A model may be gone before its last backward.
-    cache = DocumentCache() if model is None else model.documents
-    return cache.find(
-        layer,
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cu_seq_lens_q=cu_seq_lens_q,
-        cu_seq_lens_k=cu_seq_lens_k,
-    )
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v, sinks = args[5:9]
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.constants = inputs[:10], inputs[10:]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+    dq, dk, dv, d_sinks = attention_backward(grad, *saved, *ctx.constants)
+    sinks = saved[7]
+    return dq, dk, dv, None if sinks is None else d_sinks, *(None,) * 11
+
+
+attention.register_fake(_fake)
+attention.register_autograd(_differentiate, setup_context=_save)
+attention_backward.register_fake(_fake_backward)
 
 
 def _lse_dtype(x: Tensor) -> torch.dtype:

@@ -43,6 +43,10 @@ def sparsify(
     `sparsify(AutoModelForCausalLM.from_pretrained(path))` is the same sparse model again, and
     without `sparsify` the directory loads as an ordinary model. Calling it again replaces the law.
 
+    `torch.compile(model, fullgraph=True)` works: a graph serves all documents and observers, and is
+    compiled anew for another law and the first time that `set_dense` is used. Tell documents by
+    position_ids, a mask or lengths in tensors; host integers would be constants of the graph.
+
     Args:
         model: a causal language model, or its base model, of a supported type (`SUPPORTED`).
         budget: keys per query as a function of the context; None takes the law from the model's
@@ -167,7 +171,9 @@ def observe(model: nn.Module, fn: Observer, layers: Iterable[int] | None = None)
     The call is `fn(layer, q, k, v, out, lse, selection, scale, documents)`. The tensors are packed
     and detached: q, out [T, Hq, D], k, v [Tk, Hkv, D], lse [T, Hq]; `documents` says which tokens
     belong together. When activation checkpointing computes a layer again, nobody is called. Any
-    number of observers may watch a model, and end in any order.
+    number of observers may watch a model, and end in any order. A compiled model calls them too,
+    without a new graph; it may use the tensors' memory again afterwards, so clone what you keep
+    (the selection is yours).
 
     Args:
         model: a sparsified model.
@@ -217,14 +223,12 @@ def _require_state(model: nn.Module) -> ModelState:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
-    from lit_sparse.models.attention import sparse_attention_forward
+    from lit_sparse.models.attention import padding_mask, sparse_attention_forward
 
-    # Without a mask function of the same name transformers drops padding and packing silently;
-    # flash attention's hands over what we need (None, or the 2D mask) and builds no n x n mask.
+    # Without a mask function of the same name transformers drops padding and packing silently.
     AttentionInterface.register(NAME, sparse_attention_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, padding_mask)
 
 
 def _transformers(model: nn.Module) -> PreTrainedModel:

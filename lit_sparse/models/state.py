@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from lit_sparse.attention.scores import get_scorer
@@ -104,10 +105,10 @@ class ModelState:
     the model keeps observers, and found documents refer to the original's tensors.
     """
 
-    numbered: WeakValueDictionary[int, ModelState] = WeakValueDictionary()
+    numbered: ClassVar[WeakValueDictionary[int, ModelState]] = WeakValueDictionary()
     """The states of this process by number: an operator of a compiled graph takes numbers only."""
 
-    _count = itertools.count()
+    _count: ClassVar = itertools.count()
 
     def __init__(self, law: Law, backend: str | None = None) -> None:
         self.law = law
@@ -118,8 +119,9 @@ class ModelState:
         self._enrol()
 
     def _enrol(self) -> None:
-        self.number = next(self._count)
-        self.numbered[self.number] = self
+        number = next(self._count)
+        self.numbered[number] = self
+        self.number = _constant(number)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observers": [], "documents": DocumentCache()}
@@ -151,6 +153,7 @@ class LayerState:
         own = replace(law, budget=law.of(self.layer), layers={})
         self._sparse = json.dumps(own.to_dict())
         self._dense = json.dumps(replace(own, budget=Budget.dense()).to_dict())
+        self.number = _constant(self.layer)
 
     @property
     def law(self) -> str:
@@ -158,6 +161,11 @@ class LayerState:
         call and compiles again where it changed; `read_law` makes it a Law.
         """
         return self._dense if self.model.dense else self._sparse
+
+
+def _constant(number: int) -> Tensor:
+    # A graph compiled for one layer serves the others if what tells them apart is a tensor.
+    return torch.tensor(number, device="cpu")
 
 
 @lru_cache(maxsize=1024)

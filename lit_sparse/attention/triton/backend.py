@@ -235,9 +235,8 @@ def _keys_backward(
     config = launch("dkdv", q.device, problem.dim)
     keys = min(config.step, block)
     size = rows.count(config.rows)
-    # A box of whole tokens, each with its group's heads, and no idle rows between.
-    tma = config.tma and rows.groups == rows.padded_groups and describable(q, grad_out)
-    box = [size // rows.groups, rows.groups, shape["DP"]]
+    tma = config.tma and describable(q, grad_out)
+    box = [size // rows.padded_groups, rows.padded_groups, shape["DP"]]
     operands = [_describe(x, box) for x in (q, grad_out)] if tma else [q, grad_out]
     partial = torch.empty(
         work.partials, 2, block, shape["DP"], dtype=torch.float32, device=q.device

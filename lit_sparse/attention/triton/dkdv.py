@@ -51,16 +51,16 @@ def statistics_kernel(
 
 @triton.jit
 def _load_statistic(
-    X, first, existing, other, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr
+    X, first, begin, end, other, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Rows [ROWS] of X [T, G] from token `first` on; `other` where no row is."""
+    """Rows [ROWS] of X [T, G] from token `first` on; `other` but for tokens begin .. end - 1."""
     row = tl.arange(0, ROWS)
     if G == GP:
         # One run of memory.
-        x = tl.load(X + first * G + row, mask=row < existing * G, other=other)
+        x = tl.load(X + first * G + row, mask=(row >= begin * G) & (row < end * G), other=other)
     else:
-        exists = (row // GP < existing) & (row % GP < G)
-        x = tl.load(X + first * G + row // GP * G + row % GP, mask=exists, other=other)
+        inside = (row // GP >= begin) & (row // GP < end) & (row % GP < G)
+        x = tl.load(X + first * G + row // GP * G + row % GP, mask=inside, other=other)
     return x
 
 
@@ -81,8 +81,8 @@ def _load_packed(
 ):
     """Rows [ROWS, DP] of X [T, Hq, D] from packed token `first` on.
 
-    TMA: X is a descriptor with boxes [ROWS / G, G, DP] (G a power of two); rows past `existing`
-    are the next document's, and their weights are 0.
+    TMA: X is a descriptor with boxes [ROWS / GP, GP, DP]; rows past `existing` are the next
+    document's and idle ones the next group's, and their weights are 0.
     """
     if TMA:
         x = X.load([first.to(tl.int32), head * G, 0]).reshape(ROWS, DP)
@@ -208,24 +208,25 @@ def dkdv_kernel(
                 DOUT, first_query + token_start, head, do_token, do_head, existing,
                 G, GP, D, DP, ROWS, TMA,
             )  # fmt: skip
-            lse = _load_statistic(LSE, token_start, existing, float("inf"), G, GP, ROWS)
-            token = token_start + tl.arange(0, ROWS) // GP
-            lse = tl.where(token >= entry, lse, float("inf"))
+            lse = _load_statistic(
+                LSE, token_start, entry - token_start, existing, float("inf"), G, GP, ROWS
+            )
             logits = tl.dot(k, tl.trans(q))
             if SOFTCAP:
                 logits, tanh = cap_logits(logits, cap_in, cap_out)
             else:
                 logits = logits * scale_log2
             if MASKED or WINDOW:
-                seen = key[:, None] <= context + token[None, :]
+                position = context + token_start + tl.arange(0, ROWS) // GP
+                seen = key[:, None] <= position[None, :]
                 if WINDOW:
-                    seen &= context + token[None, :] - key[:, None] < window
+                    seen &= position[None, :] - key[:, None] < window
                 logits = tl.where(seen, logits, float("-inf"))
             weights = tl.exp2(logits - lse[None, :])
             if WANT_DV:
                 dv = tl.dot(weights.to(dout.dtype), dout, dv)
             if WANT_DK:
-                delta = _load_statistic(DELTA, token_start, existing, 0.0, G, GP, ROWS)
+                delta = _load_statistic(DELTA, token_start, 0, existing, 0.0, G, GP, ROWS)
                 d_weights = tl.dot(v, tl.trans(dout))
                 d_logits = weights * (d_weights - delta[None, :])
                 if SOFTCAP:

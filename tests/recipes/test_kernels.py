@@ -1,0 +1,131 @@
+"""lit-sparse kernels: the compiler's word on every kernel; bad launches are seen as such."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lit_sparse.cli import main
+from lit_sparse.recipes.kernels import DIMS, TARGETS
+
+GATHERING = {"forward_kernel", "dq_kernel", "dkdv_kernel"}
+KERNELS = GATHERING | {
+    "fill_kernel", "means_kernel", "masses_kernel", "choose_kernel", "statistics_kernel",
+    "reduce_kernel",
+}  # fmt: skip
+LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+
+def _python(*command):
+    """Outside of the interpreter that this process may run kernels in."""
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+
+
+def _report(path, *options):
+    done = _python("-m", "lit_sparse", "kernels", "--json", str(path), *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return _report(tmp_path_factory.mktemp("kernels") / "report.json")
+
+
+def test_every_kernel_at_every_head_dimension_for_both_gpus(report):
+    table, reports = report
+    seen = {(r["target"], r["dim"], r["kernel"]) for r in reports if r["dim"]}
+    without_dim = {"fill_kernel", "choose_kernel"}
+    assert seen == {(t, d, k) for t in TARGETS for d in DIMS for k in KERNELS - without_dim}
+    assert without_dim <= {r["kernel"] for r in reports}
+    for name in KERNELS:
+        assert name.removesuffix("_kernel") in table
+
+
+def test_no_spills_up_to_head_dimension_128(report):
+    for r in report[1]:
+        assert r["spills"] == 0 or r["dim"] > 128, r
+
+
+def test_shared_memory_fits(report):
+    for r in report[1]:
+        assert r["shared"] <= LIMIT[r["target"]], r
+        assert r["programs"] >= 1, r
+
+
+def test_gathered_loads_are_in_flight_two_steps_ahead(report):
+    for r in report[1]:
+        assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
+
+
+def test_products_run_on_the_tensor_cores_and_nothing_is_serialised(report):
+    for r in report[1]:
+        assert r["warnings"] == [], r
+        if r["kernel"] in GATHERING | {"masses_kernel"}:
+            assert r["tensor_cores"] == ("wgmma" if r["target"] == "sm_90" else "mma"), r
+
+
+BAD = """
+import json, sys
+from dataclasses import asdict
+from lit_sparse.attention.triton import config
+from lit_sparse.attention.triton.ahead_of_time import attention_calls, compile_call
+for target, kernel, row in (
+    # Two stages prefetch nothing, and Hopper's products are serialised.
+    ("sm_90", "forward", config.Launch(128, 64, 8, stages=2, tma=True)),
+    ("sm_80", "forward", config.Launch(128, 64, 8, stages=2)),
+    # The accumulator of 128 rows does not fit the registers of four warps.
+    ("sm_90", "dq", config.Launch(128, 64, 4, tma=True)),
+    ("sm_90", "forward", config.Launch(128, 64, 8, stages=6, tma=True)),
+):
+    config.TABLE[target][kernel][128] = row
+    call = next(c for c in attention_calls(target, 128) if c.kernel.__name__ == kernel + "_kernel")
+    print(json.dumps(asdict(compile_call(call, target))))
+"""
+
+
+def test_bad_launches_are_seen():
+    done = _python("-c", BAD)
+    assert done.returncode == 0, done.stderr
+    serialised, waiting, spilling, large = map(json.loads, done.stdout.splitlines())
+    assert serialised["ahead"] < 2
+    assert waiting["ahead"] < 2
+    assert spilling["spills"] > 0
+    assert large["shared"] > LIMIT["sm_90"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 3, 7, 8, 16])
+def test_every_group_size(groups, tmp_path):
+    options = ("--groups", str(groups), "--head-dims", "64,128")
+    for r in _report(tmp_path / "report.json", *options)[1]:
+        assert r["shared"] <= LIMIT[r["target"]], r
+        assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
+        assert r["warnings"] == [], r
+        assert r["spills"] == 0, r
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (["--targets", "sm_70"], "--targets must be of sm_80, sm_90, got sm_70"),
+        (["--head-dims", "72"], "--head-dims must be multiples of 16"),
+        (["--head-dims", "a"], "--head-dims must be whole numbers"),
+        (["--groups", "0"], "--groups must be from 1 to 16"),
+    ],
+)
+def test_arguments(argument, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["kernels", *argument])
+    assert message in capsys.readouterr().err
+
+
+def test_the_interpreter_is_no_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
