@@ -185,6 +185,6 @@ def test_features_of_other_layers(tiny, feature, value, named):
 
 def test_an_unknown_backend_fails_before_the_first_forward(tiny):
     with pytest.raises(
-        ValueError, match=r"backend must be None or one of cpu, reference, got 'gpu'"
+        ValueError, match=r"backend must be None or one of triton, cpu, reference, got 'gpu'"
     ):
         sparsify(tiny(), Budget.dense(), backend="gpu")

@@ -157,7 +157,6 @@ def dkdv_kernel(
     head = tl.load(ITEM).to(tl.int32)
     low = tl.load(ITEM + 2)
     count = (tl.load(ITEM + 3) - low).to(tl.int32)
-    partial = tl.load(ITEM + 4)
     FIELD = BLOCKS + block * BLOCK_FIELDS
     inner = tl.program_id(1) * KEYS
     first_key = tl.load(FIELD) + inner
@@ -166,8 +165,10 @@ def dkdv_kernel(
     first_query = tl.load(FIELD + 3)
     queries = tl.load(FIELD + 4).to(tl.int32)
     context = length - queries
-    LISTS += head.to(tl.int64) * slots + low
-    ENTRIES += head.to(tl.int64) * slots + low
+    # An empty list may begin where the last one ends; one entry is read of each.
+    at = head.to(tl.int64) * slots + tl.minimum(low, slots - 1)
+    LISTS += at
+    ENTRIES += at
     LSE += (head.to(tl.int64) * tokens + first_query) * G
     DELTA += (head.to(tl.int64) * tokens + first_query) * G
 
@@ -243,9 +244,12 @@ def dkdv_kernel(
                 token_start = tl.load(LISTS + tl.minimum(slot, last)) + sub * TOKENS
             entry = tl.load(ENTRIES + tl.minimum(slot, last))
 
+    # Loaded again where it is needed, not kept in registers through the loops.
+    partial = tl.load(ITEM + 4)
+    first_key = tl.load(FIELD) + inner
     dim = tl.arange(0, DP)
-    mask = (tl.arange(0, KEYS) < existing_keys)[:, None] & (dim < D)[None, :]
-    inside = tl.arange(0, KEYS)[:, None]
+    mask = (key < length)[:, None] & (dim < D)[None, :]
+    inside = (key - key_start)[:, None]
     if WANT_DK:
         dk = dk * scale
     if partial < 0:

@@ -1,11 +1,20 @@
-"""The same tests run in Triton's interpreter on a CPU (tests/conftest.py turns it on) and on a GPU
-where there is one.
+"""The same tests run in Triton's interpreter on a CPU (tests/conftest.py turns it on), and on a GPU
+where there is one: there they are of those that `pytest -m gpu` runs.
 """
+
+from pathlib import Path
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cuda":
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
