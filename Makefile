@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install quickstart test test-all lint format benchmark tensorboard clean
+.PHONY: install quickstart test test-all gpu lint format benchmark tensorboard clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,18 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+# All that needs a GPU, with the Python whose CUDA build of torch is installed (no .venv): the
+# checks, side by side where pytest-xdist is there, then the benchmark. OUT is where results go.
+OUT ?= runs/gpu
+gpu:
+	mkdir -p $(OUT)
+	status=0; \
+	$(PYTHON) -m pytest -m gpu tests -p no:cacheprovider \
+		$$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 12") $(ARGS) || status=1; \
+	$(PYTHON) -m lit_sparse benchmark --device cuda --seconds 270 \
+		--json $(OUT)/benchmark.json --plot $(OUT)/benchmark.png || status=1; \
+	exit $$status
 
 lint: install
 	$(BIN)/ruff check .

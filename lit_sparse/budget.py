@@ -7,7 +7,7 @@ Source: "How Sparse Attention Approximates Exact Attention? Your Attention is Na
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -33,7 +33,8 @@ PRESETS: dict[str, dict[str, float]] = {
 class Budget:
     """Keys that a query may attend to, as a function of the `n` tokens it sees (itself included).
 
-    `budget(n) = min(n, clip(ceil(alpha * n**exponent), floor, ceiling))`, computed in float64.
+    `budget(n) = min(n, clip(ceil(alpha * n**exponent), floor, ceiling))`, computed in float64; `n`
+    itself up to `dense_below`.
 
     Args:
         alpha: factor of the law, in keys; positive.
@@ -46,6 +47,9 @@ class Budget:
             its own row on, in [0, 1]; the others are chosen by the recent past.
         law: "power" for alpha * n**exponent, "log" for alpha * ln(n) (for comparison; see
             `Budget.log`).
+        dense_below: contexts of at most so many tokens keep every key. Documents that stay under it
+            run PyTorch's dense kernel: set it to the length from which `lit-sparse benchmark` finds
+            sparse attention the faster one on your GPU.
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -59,6 +63,7 @@ class Budget:
     local: float = 0.25
     late: float = 0.1
     law: Literal["power", "log"] = "power"
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
         def require(holds: bool, key: str, rule: str) -> None:
@@ -75,6 +80,8 @@ class Budget:
         require(_is_count(self.sink) and self.sink >= 0, "sink", "a whole number >= 0")
         require(0 <= self.local <= 1, "local", "in [0, 1]")
         require(0 <= self.late <= 1, "late", "in [0, 1]")
+        whole = _is_count(self.dense_below) and self.dense_below >= 0
+        require(whole, "dense_below", "a whole number >= 0")
         require(self.law in ("power", "log"), "law", "'power' or 'log'")
 
     @overload
@@ -97,7 +104,7 @@ class Budget:
         # Clamped before the cast: a float64 past 2^63 has no integer.
         keys = (raw - raw * _ROUNDING).clamp(max=float(LONGEST)).ceil().to(torch.int64)
         keys = keys.clamp(min=self.floor, max=self.ceiling)
-        return torch.minimum(n, keys)
+        return torch.where(n <= self.dense_below, n, torch.minimum(n, keys))
 
     def longest_context(self, keys: int) -> int:
         """The inverse of the law: the longest context whose budget is at most `keys`.
@@ -107,6 +114,10 @@ class Budget:
         """
         if keys < 0:
             raise ValueError(f"keys must be >= 0, got {keys}")
+        if self.dense_below:
+            # Beyond it the law alone counts; below, a context is its own budget.
+            beyond = replace(self, dense_below=0).longest_context(keys)
+            return beyond if beyond > self.dense_below else min(keys, self.dense_below)
         low, high = 0, 1
         while high < LONGEST and self(high) <= keys:
             low, high = high, min(high * 2, LONGEST)
@@ -126,7 +137,8 @@ class Budget:
             f"{self.alpha:g} ln n" if self.law == "log" else f"{self.alpha:g} n^{self.exponent:g}"
         )
         ceiling = "" if self.ceiling is None else f", ceiling {self.ceiling}"
-        return f"k(n) = {form}, floor {self.floor}{ceiling}"
+        dense = f", dense to {self.dense_below}" if self.dense_below else ""
+        return f"k(n) = {form}, floor {self.floor}{ceiling}{dense}"
 
     @classmethod
     def through(cls, k_ref: float, n_ref: float, exponent: float, **others: Any) -> Budget:

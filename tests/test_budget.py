@@ -131,6 +131,17 @@ def test_through_a_point(exponent):
     assert law(2 * 32768) == math.ceil(2048 * 2**exponent - 1e-6)
 
 
+def test_dense_below():
+    budget = Budget(alpha=4.0, exponent=0.5, floor=0, dense_below=100)
+    assert [budget(n) for n in (1, 99, 100, 101, 400)] == [1, 99, 100, 41, 80]
+    assert budget.longest_context(30) == 30
+    assert budget.longest_context(40) == 40
+    assert budget.longest_context(41) == 105
+    assert budget.longest_context(80) == 400
+    assert str(budget).endswith("dense to 100")
+    assert Budget(**budget.to_dict()) == budget
+
+
 @pytest.mark.parametrize(("k_ref", "n_ref"), [(0, 10), (10, 0), (-1, 5), (float("nan"), 5)])
 def test_through_refuses_a_point_without_a_law(k_ref, n_ref):
     with pytest.raises(ValueError, match="k_ref and n_ref"):
@@ -167,6 +178,8 @@ def test_fixed_log_and_dense():
         ("local", 1.01),
         ("late", -0.01),
         ("late", 2),
+        ("dense_below", -1),
+        ("dense_below", 2.5),
         ("law", "cubic"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lit_sparse.recipes.benchmark import attention, cuda, cuda_report, plot, selection
+from lit_sparse.recipes.benchmark import attention, cuda, cuda_report, plot, selection, tune
 from lit_sparse.recipes.benchmark.clock import Clock, cuda_environment
 from lit_sparse.recipes.benchmark.options import (
     DEFAULT_SECONDS,
@@ -95,8 +95,8 @@ def _run_attention(options: argparse.Namespace, machine: Report) -> tuple[Report
     ]
     if options.device == "cuda":
         return _run_cuda(problems, options, machine)
-    for name in ("plot", "compare", "seconds"):
-        if getattr(options, name) is not None:
+    for name in ("plot", "compare", "seconds", "tune"):
+        if getattr(options, name):
             raise BadArgument(f"--{name} is for --device cuda")
     results = attention.run(
         problems, options.repeats, torch.get_num_threads(), options.memory, _progress
@@ -132,6 +132,9 @@ def _run_cuda(
             plot.plot({"machine": machine, **report}, options.plot)
 
     clock = Clock(device, options.repeats)
+    if options.tune:
+        result = tune.tune(problems[0], clock, _progress)
+        return result, [*wrap(_title(options, problems[0])), "", *tune.lines(result), ""]
     report = cuda.Benchmark(
         problems, clock, machine.get("gpu"), options.seconds or DEFAULT_SECONDS, save, _progress
     ).run()

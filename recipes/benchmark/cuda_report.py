@@ -59,9 +59,30 @@ def lines(report: Report, title: str) -> list[str]:
         ]
         printed += render_table(groups, [peer_cells(result, columns) for result in measured])
         printed += ["", *wrap(PEER_NOTE)]
-    for line in [*_remarks(results), *_dense_limit(report), *_skipped(results)]:
+    for line in [
+        *_crossover(measured), *_remarks(results), *_dense_limit(report), *_skipped(results),
+    ]:  # fmt: skip
         printed += wrap(line)
     return printed
+
+
+def _crossover(results: list[Report]) -> Iterator[str]:
+    """From which measured length on sparse attention is the faster one at all of them."""
+    ratios = [(r["length"], r["ratio"]) for r in results if r.get("ratio") is not None]
+    slower = [length for length, ratio in ratios if ratio <= 1]
+    faster = [length for length, _ in ratios if length > max(slower, default=0)]
+    if not ratios:
+        return
+    if not faster:
+        yield "Crossover: dense attention is the faster one at every length measured."
+        return
+    line = f"Crossover: sparse attention is the faster one from {min(faster)} tokens on"
+    if slower:
+        line += (
+            f", dense up to {max(slower)}: with Budget(dense_below={max(slower)}) shorter "
+            "documents run the dense kernel"
+        )
+    yield f"{line}."
 
 
 def sparse_cells(result: Report) -> list[str]:

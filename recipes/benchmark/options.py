@@ -81,6 +81,11 @@ def attention_parser() -> _Parser:
         help="drop peers, then lengths of dense attention, that would take the run past this "
         f"(CUDA; default: {DEFAULT_SECONDS})",
     )
+    add(
+        "--tune",
+        action="store_true",
+        help="instead: time alternatives to the kernels' launch table at the first length (CUDA)",
+    )
     add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     return parser
 

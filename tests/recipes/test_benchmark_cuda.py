@@ -1,5 +1,6 @@
 """The GPU benchmark, its code run on CPU tensors: the device is a seam, not a branch."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -11,7 +12,17 @@ import torch
 
 from lit_sparse.attention import select, sparse_attention
 from lit_sparse.budget import Budget
-from lit_sparse.recipes.benchmark import command, cost, cuda, cuda_report, main, peers, plot, verify
+from lit_sparse.recipes.benchmark import (
+    command,
+    cost,
+    cuda,
+    cuda_report,
+    main,
+    peers,
+    plot,
+    tune,
+    verify,
+)
 from lit_sparse.recipes.benchmark.clock import Clock, Part
 from lit_sparse.recipes.benchmark.cost import Point, Schedule
 from lit_sparse.recipes.benchmark.cuda import Benchmark
@@ -537,3 +548,51 @@ def test_on_a_gpu(tmp_path, capsys):
         assert "flash" in result["peers"]
     assert (tmp_path / "figure.png").exists()
     assert "Everything kept, 8192 tokens" in capsys.readouterr().out
+
+
+def _result(length, ratio):
+    return {"length": length, "ratio": ratio}
+
+
+def test_crossover():
+    def said(*ratios):
+        return list(cuda_report._crossover([_result(2**i, r) for i, r in enumerate(ratios)]))
+
+    assert said(None) == []
+    assert said(0.5, 0.9, None) == [
+        "Crossover: dense attention is the faster one at every length measured."
+    ]
+    assert said(1.1, 2.0)[0].endswith("from 1 tokens on.")
+    # A length at which it is faster by accident does not count.
+    assert (
+        "from 8 tokens on, dense up to 4: with Budget(dense_below=4)"
+        in said(0.5, 1.1, 0.9, 1.2, 2.0)[0]
+    )
+
+
+def test_tune_times_alternatives_and_leaves_the_table(monkeypatch, capsys):
+    """In Triton's interpreter: whatever its times say, all launches run and are listed."""
+    backend = pytest.importorskip("lit_sparse.attention.triton.backend")
+    if not backend.interpreting():
+        pytest.skip("without the interpreter this needs a GPU")
+    from lit_sparse.attention.triton import config
+
+    table = copy.deepcopy(config.TABLE)
+    standing = config.Launch(64, 32, 4, tma=True)
+    near = tune.alternatives(standing)
+    assert near[0] == standing
+    assert len(near) == len(set(near))
+    assert config.Launch(64, 32, 4) in near
+    monkeypatch.setattr(
+        tune, "alternatives", lambda row: [row, replace(row, rows=32), replace(row, rows=48)]
+    )
+    problem = Problem(48, 2, 1, 16, "float32", Budget(2, 0.5, floor=0, sink=16), 16, 16)
+    result = tune.tune(problem, Clock(torch.device("cpu"), 1), print)
+    assert list(result["kernels"]) == list(tune.TIMED)
+    for rows in result["kernels"].values():
+        assert sum(row["standing"] for row in rows) == 1
+        assert len(rows) == 3
+        assert all(row["ms"] > 0 or row["failed"] for row in rows)
+    text = "\n".join(tune.lines(result))
+    assert "1.000 (table)" in text
+    assert table == config.TABLE

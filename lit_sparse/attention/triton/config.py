@@ -7,6 +7,8 @@ prefetched. `lit-sparse benchmark --tune` times the alternatives on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +87,18 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 def launch(kernel: str, device: torch.device, dim: int) -> Launch:
     """The row of the table for a kernel, a device and a head dimension."""
     return TABLE[architecture(device)][kernel][max(padded_dim(dim), 64)]
+
+
+@contextmanager
+def replaced(kernel: str, device: torch.device, dim: int, row: Launch) -> Iterator[None]:
+    """Inside, another row stands in the table (to compare launches)."""
+    column = TABLE[architecture(device)][kernel]
+    key = max(padded_dim(dim), 64)
+    before, column[key] = column[key], row
+    try:
+        yield
+    finally:
+        column[key] = before
 
 
 def padded_dim(dim: int) -> int:
