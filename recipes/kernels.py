@@ -63,12 +63,13 @@ def main(argv: list[str]) -> int:
         return 2
     from lit_sparse.attention.triton.ahead_of_time import attention_calls, compile_call
 
-    reports = [
+    compiled = [
         compile_call(call, target)
         for target in targets
         for dim in dims
         for call in attention_calls(target, dim, options.groups)
     ]
+    reports = list(dict.fromkeys(compiled))  # some launches do not depend on head_dim
     print("\n".join([*render_table(GROUPS, [cells(report) for report in reports]), "", NOTE]))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(report) for report in reports], indent=2))

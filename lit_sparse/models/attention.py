@@ -117,8 +117,14 @@ def _refuse_unsupported(
             sliding_window is not None,
             "load the model without it (Budget(..., local=1) is a sliding window that grows)",
         ),
-        f"a soft cap on the scores (softcap={softcap})": (softcap is not None, "no backend has it"),
-        "attention sinks (s_aux)": (s_aux is not None, "no backend has them"),
+        f"a soft cap on the scores (softcap={softcap})": (
+            softcap is not None,
+            "models with it are not supported yet (sparse_attention takes softcap=)",
+        ),
+        "attention sinks (s_aux)": (
+            s_aux is not None,
+            "models with them are not supported yet (sparse_attention takes sinks=)",
+        ),
     }
     for feature, (present, advice) in refused.items():
         if present:

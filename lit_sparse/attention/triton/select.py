@@ -20,7 +20,8 @@ from lit_sparse.attention.triton.scoring import masses_kernel, means_kernel
 from lit_sparse.attention.triton.tables import BLOCK_FIELDS, TILE_FIELDS, tables
 
 STRIP_BYTES = 256 * 2**20
-"""Masses that exist at a time, of all heads: tiles are scored in strips."""
+"""Masses that exist at a time, of all heads: tiles are scored in strips. Of long contexts an eighth
+of the queries' own bytes, so that a strip still fills the GPU."""
 
 _SPANS = (256, 1024, 4096, 16384)
 """Blocks that the chooser holds in registers; past the last they are read again in each pass."""
@@ -76,10 +77,11 @@ def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, ent
     asked = 1 + min(int(plan.late.max(initial=0)), plan.tile)
     late = triton.next_power_of_2(max(int(plan.late.max(initial=0)), 2))
     row_bytes = 4 * heads * (asked + chunks)
-    most = max((strip.stop - strip.before) * strip.width for strip in strips(plan, row_bytes))
+    cut = strips(plan, row_bytes, max(STRIP_BYTES, q.nbytes // 8))
+    most = max((strip.stop - strip.before) * strip.width for strip in cut)
     sums = torch.empty(heads * chunks * most, dtype=torch.float32, device=q.device)
     masses = torch.empty(heads * asked * most, dtype=torch.float32, device=q.device)
-    for strip in strips(plan, row_bytes):
+    for strip in cut:
         tiles = strip.stop - strip.before
         run(
             masses_kernel, (tiles * chunks, heads),
@@ -98,13 +100,12 @@ def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, ent
         )  # fmt: skip
 
 
-def strips(plan: Plan, row_bytes: int, limit: int | None = None) -> list[Strip]:
+def strips(plan: Plan, row_bytes: int, limit: int) -> list[Strip]:
     """The sparse tiles in runs whose masses fit `limit` bytes, each with the tile before it.
 
     Args:
         row_bytes: bytes of one block's masses for one tile.
     """
-    limit = STRIP_BYTES if limit is None else limit
     sparse = np.flatnonzero(plan.sparse)
     if not len(sparse):
         return []
