@@ -92,7 +92,7 @@ def test_strips_cut_nothing_but_memory(draw, precise, monkeypatch):
 
     monkeypatch.setattr(launches, "strips", short)
     assert _same(whole, select(q, k, TIGHT, bounds, block=16, tile=16, backend="triton"))
-    assert len(found) > 4
+    assert len(found) >= 4
 
 
 def test_strips_hold_every_sparse_tile_once_and_the_tile_before_it():
