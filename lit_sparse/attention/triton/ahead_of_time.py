@@ -146,17 +146,17 @@ def _kind(value: object) -> str | None:
     if isinstance(value, TensorDescriptor):
         box = ", ".join(map(str, value.block_shape))
         return f"tensordesc<{_POINTERS[value.base.dtype]}[{box}]>"
-    if isinstance(value, bool) or value is None or value == 1:
-        return None
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, bool) or value is None or value == 1:
+        return None
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     raise TypeError(f"no Triton type for {value!r}")
 
 
 def _assemble(ptx: str, target: str) -> str:
-    """ptxas' report, with the flags that Triton passes."""
+    """ptxas' report, with the flags that Triton 3.7 passes."""
     ptxas = triton.knobs.nvidia.ptxas.path
     architecture = "sm_90a" if target == "sm_90" else target
     with tempfile.TemporaryDirectory() as folder:

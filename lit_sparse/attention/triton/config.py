@@ -56,7 +56,7 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
         "masses": {
             64: Launch(128, 64, 8),
             128: Launch(128, 64, 8),
-            256: Launch(64, 64, 8),
+            256: Launch(128, 64, 8),
         },
     },
     "sm_80": {
@@ -78,7 +78,7 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
         "masses": {
             64: Launch(128, 64, 8),
             128: Launch(128, 64, 8),
-            256: Launch(64, 64, 4),
+            256: Launch(128, 64, 8),
         },
     },
 }

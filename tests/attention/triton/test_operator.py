@@ -22,7 +22,7 @@ SPARSE = Budget(alpha=5.0, exponent=0.5, floor=0, sink=16, local=0.1, late=0.3)
 
 PARAMETERS = {
     "lengths": [[1], [63], [64], [65], [127], [129], [0, 50, 0, 33, 1, 0], [0, 0]],
-    "heads": [(1, 1), (2, 2), (3, 1), (4, 1), (7, 1), (8, 2), (16, 1)],
+    "heads": [(1, 1), (2, 2), (3, 1), (4, 1), (7, 1), (8, 1), (16, 1)],
     "dim": [16, 64, 96, 128, 256],
     "grid": [(16, 16), (16, 8), (16, 64), (32, 16), (64, 32), (128, 16)],
     "scale": [1.0, 4.0, 16.0],
@@ -233,14 +233,13 @@ def test_cached_keys(queries, draw, half):
 
 
 def test_inputs_and_cotangents_of_any_layout(draw, half):
-    q, k, v = draw(100, 4, 2, 64, half)
-    selection = select(q, k, SPARSE, [0, 37, 100], block=16, tile=16)
+    q, k, v = draw(70, 4, 2, 64, half)
+    selection = select(q, k, SPARSE, [0, 37, 70], block=16, tile=16)
     results = []
     for layout in (
         lambda x: x,
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
         lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
-        lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
         lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
     ):  # fmt: skip
         inputs = [layout(x).detach().requires_grad_() for x in (q, k, v)]
