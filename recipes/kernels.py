@@ -14,7 +14,7 @@ from lit_sparse.recipes.benchmark.report import render_table
 if TYPE_CHECKING:
     from lit_sparse.attention.triton.ahead_of_time import Report
 
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_90")
 DIMS = (64, 96, 128, 256)
 
 GROUPS = (
@@ -32,7 +32,9 @@ fewest."""
 def main(argv: list[str]) -> int:
     """Compile for the GPUs and head dimensions asked for, print the table. 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="lit-sparse kernels", description=__doc__)
-    parser.add_argument("--targets", default=",".join(TARGETS), help="(default: %(default)s)")
+    parser.add_argument(
+        "--targets", default="sm_80,sm_90", help=f"of {', '.join(TARGETS)} (default: %(default)s)"
+    )
     parser.add_argument(
         "--head-dims", default=",".join(map(str, DIMS)), help="(default: %(default)s)"
     )

@@ -73,7 +73,9 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple
             return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     boundaries = plan.cache.get(("cu_seqlens", q.device))
     if boundaries is None:
-        boundaries = torch.tensor(plan.queries, dtype=torch.int32, device=q.device)
+        # Saved for the backward, so not in the inference mode of a validation that comes first.
+        with torch.inference_mode(False):
+            boundaries = torch.tensor(plan.queries, dtype=torch.int32, device=q.device)
         plan.cache["cu_seqlens", q.device] = boundaries
     flash = torch.ops.aten._flash_attention_forward
     out, lse = flash(

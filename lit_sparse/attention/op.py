@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -103,8 +104,10 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_out.device.type, enabled=False):
+            # Its own object, so that what it derives from the lists goes with it.
+            selection = replace(ctx.selection)
             grads = get_backend(ctx.backend).backward(
-                grad_out, *ctx.saved_tensors, ctx.selection, ctx.options
+                grad_out, *ctx.saved_tensors, selection, ctx.options
             )
         return *grads, None, None, None
 

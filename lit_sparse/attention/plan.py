@@ -127,6 +127,29 @@ class Plan:
             torch.from_numpy(np.flatnonzero(kind == _LATE)),
         )
 
+    def on_device(self, name: str, device: torch.device) -> Tensor:
+        """One of the arrays, int64 on a device: copied there once, and nothing waits for it."""
+        found = self.cache.get((name, device))
+        if found is None:
+            # Outside of inference mode, so that training may use what validation has made.
+            with torch.inference_mode(False):
+                host = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+                cuda = device.type == "cuda"
+                # A copy from memory that is not pinned waits for all that the device has to do.
+                found = (host.pin_memory() if cuda else host).to(device, non_blocking=cuda)
+            self.cache[name, device] = found
+        return found
+
+    @property
+    def lengths(self) -> Ints:
+        """Slots of each list."""
+        return self.counts.sum(1)
+
+    @property
+    def tile_first_block(self) -> Ints:
+        """The first block of each tile's document, over all documents."""
+        return self.first_block[self.document]
+
     @property
     def columns(self) -> Tensor:
         """int32 [slots]: the lists, -1 where base and late blocks will stand."""
@@ -146,7 +169,7 @@ def late_rows(late: int, tile: int) -> list[int]:
     return [(2 * slot + 1) * tile // (2 * late) for slot in range(late)]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def make_plan(
     queries: tuple[int, ...], keys: tuple[int, ...], budget: Budget, block: int, tile: int
 ) -> Plan:

@@ -83,14 +83,14 @@ class Selection:
     def slot_tile(self) -> Tensor:
         """int64 [slots]: the tile of each slot."""
         device, slots = self.columns.device, self.columns.shape[1]
-        lengths = torch.from_numpy(np.diff(self.plan.offsets)).to(device)
+        lengths = self.plan.on_device("lengths", device)
         tiles = torch.arange(self.plan.tiles, device=device)
         return tiles.repeat_interleave(lengths, output_size=slots)
 
     @cached_property
     def slot_block(self) -> Tensor:
         """int64 [Hkv, slots]: the kept block counted over all documents, -1 in empty slots."""
-        first = torch.from_numpy(self.plan.first_block[self.plan.document]).to(self.columns.device)
+        first = self.plan.on_device("tile_first_block", self.columns.device)
         columns = self.columns.long()
         return torch.where(columns < 0, columns, columns + first[self.slot_tile])
 
@@ -230,12 +230,17 @@ class Selection:
         """The lists by key block, stable: the tiles of a block in ascending order."""
         heads, slots = self.columns.shape
         blocks = int(self.plan.first_block[-1])
-        target = torch.where(self.slot_block < 0, blocks, self.slot_block)
+        device = self.columns.device
+        # As narrow as it can be: the sort reads and writes its keys once for each of their bytes.
+        kind = torch.int32 if heads * (blocks + 1) < 2**31 else torch.int64
+        first = self.plan.on_device("tile_first_block", device).to(kind)[self.slot_tile]
+        target = (self.columns + first).masked_fill(self.columns < 0, blocks)
         # One stable sort for all heads: each has the same number of slots, so a head's lists stay
         # in its own row. Prefix positions by binary search: no atomics.
-        head = torch.arange(heads, device=target.device)[:, None] * (blocks + 1)
+        head = torch.arange(heads, device=device, dtype=kind)[:, None] * (blocks + 1)
         ordered, order = (head + target).flatten().sort(stable=True)
-        offsets = torch.searchsorted(ordered, head + torch.arange(blocks + 1, device=head.device))
+        block = torch.arange(blocks + 1, device=device, dtype=kind)
+        offsets = torch.searchsorted(ordered, head + block)
         tiles = self.slot_tile[order % max(slots, 1)].view(heads, slots).to(torch.int32)
         return Transposed(
             offsets=offsets - head // (blocks + 1) * slots,

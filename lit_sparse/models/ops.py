@@ -25,6 +25,9 @@ Lengths = Tensor | Sequence[int] | None
 Sources = tuple[Tensor | None, Tensor | None, Lengths, Lengths]
 """What tells documents: attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k."""
 
+# They read documents on the host.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
 
 def find(model: ModelState | None, layer: int, q: Tensor, k: Tensor, sources: Sources) -> Documents:
     """The documents of q [batch, q_len, ...] and k [batch, k_len, ...], once a forward."""
@@ -107,7 +110,7 @@ def unpack(x: Tensor, indices: Tensor | None, batch: int, length: int) -> Tensor
     return x.unflatten(0, (batch, length))
 
 
-@torch.library.custom_op("lit_sparse::attention", mutates_args=())
+@torch.library.custom_op("lit_sparse::attention", mutates_args=(), tags=_TAGS)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -146,11 +149,12 @@ def attention(
     out, lse, selection = attend(
         q, k, v, sinks, documents, options, read_law(law), backend, asking, state
     )
-    if selection is None:
+    if selection is None or runs_dense(q, sinks, selection, options, backend):
+        # The dense backward reads no lists, and those of everything are quadratic.
         columns = q.new_empty(k.shape[2], 0, dtype=torch.int32)
         entry = torch.empty_like(columns)
     else:
-        columns, entry = selection.columns, selection.entry
+        columns, entry = selection.columns.contiguous(), selection.entry.contiguous()
         if state.observers:
             # Observers may keep the selection; the graph may use its outputs' memory again.
             columns, entry = columns.clone(), entry.clone()
@@ -158,7 +162,7 @@ def attention(
     return out, lse, columns, entry
 
 
-@torch.library.custom_op("lit_sparse::attention_backward", mutates_args=())
+@torch.library.custom_op("lit_sparse::attention_backward", mutates_args=(), tags=_TAGS)
 def attention_backward(
     grad: Tensor,
     out: Tensor,

@@ -8,14 +8,15 @@ import sys
 import pytest
 
 from lit_sparse.cli import main
-from lit_sparse.recipes.kernels import DIMS, TARGETS
+from lit_sparse.recipes.kernels import DIMS
 
+TARGETS = ("sm_80", "sm_90")
 GATHERING = {"forward_kernel", "dq_kernel", "dkdv_kernel"}
 KERNELS = GATHERING | {
     "fill_kernel", "means_kernel", "masses_kernel", "choose_kernel", "statistics_kernel",
     "reduce_kernel",
 }  # fmt: skip
-LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
 
 def _python(*command):
@@ -49,7 +50,11 @@ def test_every_kernel_at_every_head_dimension_for_both_gpus(report):
 
 def test_no_spills_up_to_head_dimension_128(report):
     for r in report[1]:
-        assert r["spills"] == 0 or r["dim"] > 128, r
+        if r["kernel"] == "choose_kernel":
+            # In registers up to a million tokens of blocks of 64.
+            assert r["spills"] == 0 or r["warps"] == 16, r
+        else:
+            assert r["spills"] == 0 or r["dim"] > 128, r
 
 
 def test_shared_memory_fits(report):
@@ -110,10 +115,18 @@ def test_every_group_size(groups, tmp_path):
         assert r["spills"] == 0, r
 
 
+@pytest.mark.slow
+def test_gpus_with_little_shared_memory(tmp_path):
+    for r in _report(tmp_path / "report.json", "--targets", "sm_86")[1]:
+        assert r["shared"] <= LIMIT["sm_86"], r
+        assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
+        assert r["spills"] == 0 or r["dim"] > 128 or r["kernel"] not in GATHERING, r
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (["--targets", "sm_70"], "--targets must be of sm_80, sm_90, got sm_70"),
+        (["--targets", "sm_70"], "--targets must be of sm_80, sm_86, sm_90, got sm_70"),
         (["--head-dims", "72"], "--head-dims must be multiples of 16"),
         (["--head-dims", "a"], "--head-dims must be whole numbers"),
         (["--groups", "0"], "--groups must be from 1 to 16"),

@@ -24,7 +24,7 @@ from lit_sparse.attention.triton.run import Call, recorded
 from lit_sparse.attention.triton.select import select
 from lit_sparse.budget import Budget
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 """Shared memory that a program may have, bytes."""
 
 _REGISTERS = 64 * 1024
@@ -77,15 +77,17 @@ def attention_calls(
     block: int = 64,
     sinks: bool = False,
 ) -> list[Call]:
-    """Every launch of a selection, forward and backward at 8192 tokens and two key-value heads."""
+    """Every launch of a selection, forward and backward at 8192 tokens and two key-value heads.
+
+    The launches that choose blocks are there for longer contexts too: they hold more of them.
+    """
     tokens, heads = 8192, 2
     options = options or Options(dim**-0.5)
-    plan = make_plan(
-        (0, tokens), (0, tokens), Budget(16, 0.5, floor=0), block, default_tile(groups)
-    )
+    budget, tile = Budget(16, 0.5, floor=0), default_tile(groups)
+    plan = make_plan((0, tokens), (0, tokens), budget, block, tile)
 
-    def empty(count: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(tokens, count, dim, dtype=kind, device="meta")
+    def empty(count: int, tokens: int = tokens) -> torch.Tensor:
+        return torch.empty(tokens, count, dim, dtype=dtype, device="meta")
 
     q, k, v, out = empty(heads * groups), empty(heads), empty(heads), empty(heads * groups)
     logits = torch.empty(heads * groups, dtype=dtype, device="meta") if sinks else None
@@ -93,7 +95,13 @@ def attention_calls(
         selection = select(q, k, plan, options.scale)
         _, lse = backend.forward(q, k, v, logits, selection, options)
         backend.backward(out, q, k, v, logits, out, lse, selection, options)
-    return list(calls)
+    found = list(calls)
+    for longer in (65536, 262144, 1048576):
+        plan = make_plan((0, longer), (0, longer), budget, block, tile)
+        with recorded(target) as calls:
+            select(empty(heads * groups, longer), empty(heads, longer), plan, options.scale)
+        found.append(calls[-1])  # the last strip's
+    return found
 
 
 def compile_call(call: Call, target: str) -> Report:
@@ -104,12 +112,14 @@ def compile_call(call: Call, target: str) -> Report:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value, parameter = given[name], call.kernel.params[index]
-        kind = _kind(value)
+        kind = _kind(value, specialised := not parameter.do_not_specialize)
         if parameter.is_constexpr or kind is None:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = kind
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (
+                specialised and isinstance(value, int) and value % 16 == 0
+            ):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     options = {key: call.options[key] for key in ("num_warps", "num_stages") if key in call.options}
     compiled = triton.compile(
@@ -139,7 +149,7 @@ def compile_call(call: Call, target: str) -> Report:
     )
 
 
-def _kind(value: object) -> str | None:
+def _kind(value: object, specialised: bool) -> str | None:
     """Triton's type of an argument; None where it is compiled in."""
     if isinstance(value, torch.Tensor):
         return f"*{_POINTERS[value.dtype]}"
@@ -148,7 +158,7 @@ def _kind(value: object) -> str | None:
         return f"tensordesc<{_POINTERS[value.base.dtype]}[{box}]>"
     if isinstance(value, float):
         return "fp32"
-    if isinstance(value, bool) or value is None or value == 1:
+    if isinstance(value, bool) or value is None or (specialised and value == 1):
         return None
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"

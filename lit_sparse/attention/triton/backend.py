@@ -99,6 +99,8 @@ class _Problem:
     dim: int
     rows: Rows
     selection: Selection
+    columns: Tensor
+    entry: Tensor
     tables: Tables
     options: Options
 
@@ -110,6 +112,8 @@ class _Problem:
             dim=q.shape[2],
             rows=Rows.of(q.shape[1] // heads, selection.tile),
             selection=selection,
+            columns=selection.columns.contiguous(),
+            entry=selection.entry.contiguous(),
             tables=tables(selection.plan, q.device),
             options=options,
         )
@@ -158,7 +162,7 @@ def forward(
         run(
             forward_kernel, grid,
             q, *(_keys(x, step, tma) for x in (k, v)), out, lse, sinks,
-            selection.columns, selection.entry, problem.tables.tiles, selection.columns.shape[1],
+            problem.columns, problem.entry, problem.tables.tiles, problem.columns.shape[1],
             *problem.logits, *_strides(q, k, v, out), lse.stride(0),
             TILE_FIELDS=TILE_FIELDS, ROWS=size, STEP=step, SINK=sinks is not None, TMA=tma,
             **problem.shape, num_warps=_warps(config, size), num_stages=config.stages,
@@ -186,9 +190,9 @@ def backward(
     if not tokens:
         return dq, dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
 
-    lse2, delta = torch.empty(
-        2, heads, tokens, rows.groups, dtype=torch.float32, device=q.device
-    ).unbind()
+    statistics = (heads, tokens, rows.groups)
+    lse2 = torch.empty(statistics, dtype=torch.float32, device=q.device)
+    delta = torch.empty(statistics, dtype=torch.float32, device=q.device)
     run(
         statistics_kernel, (-(-tokens * q.shape[1] // 64),),
         out, grad_out, lse, lse2, delta, tokens, *_strides(out, grad_out),
@@ -198,11 +202,11 @@ def backward(
     config = launch("dq", q.device, problem.dim)
     size, step = rows.count(config.rows), min(config.step, selection.block)
     tma = config.tma and describable(k, v)
-    slots = selection.columns.shape[1]
+    slots = problem.columns.shape[1]
     run(
         dq_kernel, (selection.plan.tiles * rows.chunks(size), heads),
         q, *(_keys(x, step, tma) for x in (k, v)), grad_out, lse2, delta, dq,
-        selection.columns, selection.entry, problem.tables.tiles, slots, tokens,
+        problem.columns, problem.entry, problem.tables.tiles, slots, tokens,
         options.scale, *problem.logits, *_strides(q, k, v, grad_out, dq),
         TILE_FIELDS=TILE_FIELDS, ROWS=size, STEP=step, TMA=tma,
         **shape, num_warps=_warps(config, size), num_stages=config.stages,
@@ -276,7 +280,7 @@ def describable(*tensors: Tensor) -> bool:
     return all(
         x.numel() > 0
         and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
         for x in tensors
     )
 

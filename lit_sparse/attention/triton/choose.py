@@ -7,7 +7,7 @@ NONE = tl.constexpr(-1)
 """Key of what is no candidate: below the bits of every mass."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def fill_kernel(COLUMNS, ENTRY, TILES, slots, TILE_FIELDS: tl.constexpr, CHUNK: tl.constexpr):
     """What lengths alone decide: sink, local and diagonal blocks; -1 elsewhere.
 
@@ -49,7 +49,7 @@ def _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS: tl.constexpr, width)
     return tl.where(candidate, mass.to(tl.int32, bitcast=True), NONE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strip_first", "strip", "width", "asked", "skip", "slots"])
 def choose_kernel(
     SUMS,
     ASKED,
@@ -115,7 +115,8 @@ def choose_kernel(
 
     above = 0
     for begin in range(0, SPANS * SPAN, SPAN):
-        keys = _ranked(SUMS, ASKED, begin + span, low, high, recent, CHUNKS, width)
+        if SPANS > 1:
+            keys = _ranked(SUMS, ASKED, begin + span, low, high, recent, CHUNKS, width)
         above += tl.sum((keys > threshold).to(tl.int32), 0)
     # Ascending columns by prefix sums; of the keys at the threshold the first ones fill up.
     ties = base - above
@@ -124,7 +125,8 @@ def choose_kernel(
     last_tie = -1
     for begin in range(0, SPANS * SPAN, SPAN):
         column = begin + span
-        keys = _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS, width)
+        if SPANS > 1:
+            keys = _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS, width)
         equal = (keys == threshold).to(tl.int32)
         tie = (equal == 1) & (tied + tl.cumsum(equal, 0) <= ties)
         take = ((keys > threshold) | tie).to(tl.int32)
@@ -148,7 +150,8 @@ def choose_kernel(
         pick = 0
         for begin in range(0, SPANS * SPAN, SPAN):
             column = begin + span
-            keys = _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS, width)
+            if SPANS > 1:
+                keys = _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS, width)
             open = (keys >= 0) & (keys <= threshold) & ((keys < threshold) | (column > last_tie))
             mass = tl.load(ASKED + (1 + index) * width + column, mask=open, other=0.0)
             wish = tl.where(open, mass.to(tl.int32, bitcast=True), NONE)

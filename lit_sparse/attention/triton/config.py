@@ -84,6 +84,18 @@ TABLE: dict[str, dict[str, dict[int, Launch]]] = {
 }
 
 
+# What fits the 99 KiB of shared memory that desktop and inference GPUs have.
+TABLE["sm_86"] = {
+    **TABLE["sm_80"],
+    "dkdv": {
+        64: Launch(32, 64, 4),
+        128: Launch(32, 64, 8),
+        256: Launch(16, 64, 8, split=True),
+    },
+    "masses": {**TABLE["sm_80"]["masses"], 256: Launch(64, 32, 4)},
+}
+
+
 def launch(kernel: str, device: torch.device, dim: int) -> Launch:
     """The row of the table for a kernel, a device and a head dimension."""
     return TABLE[architecture(device)][kernel][max(padded_dim(dim), 64)]

@@ -11,7 +11,7 @@ import triton.language as tl
 from lit_sparse.attention.triton.primitives import cap_logits, load_keys, load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def statistics_kernel(
     OUT,
     DOUT,
@@ -91,7 +91,7 @@ def _load_packed(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens", "window"])
 def dkdv_kernel(
     Q,
     K,
@@ -271,7 +271,7 @@ def dkdv_kernel(
             tl.store(part + BLOCK * DP, dv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def reduce_kernel(
     PARTIAL,
     COLUMNS,

@@ -12,7 +12,7 @@ from lit_sparse.attention.triton.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens", "window"])
 def dq_kernel(
     Q,
     K,

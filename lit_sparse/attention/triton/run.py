@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     if _recording is not None:
         _recording.append(Call(kernel, grid, args, options))
     elif all(grid):
-        kernel[grid](*args, **options)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(_first_tensor(args)):
+            kernel[grid](*args, **options)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return next(x for x in args if isinstance(x, torch.Tensor))
 
 
 def architecture(device: torch.device) -> str:
@@ -38,8 +45,18 @@ def architecture(device: torch.device) -> str:
         return _target
     if device.type == "cpu":
         return "sm_90"
-    # Other generations run Ampere's rows: they are the ones without Hopper's instructions.
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+    return _architecture(device)
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks a field
+    if properties.major == 9:
+        return "sm_90"
+    # Other generations run Ampere's rows: they are the ones without Hopper's instructions. Some of
+    # each (8.6, 8.9, 12.0) have 99 KiB of shared memory for a program, not 163.
+    large = properties.shared_memory_per_block_optin >= 160 * 1024
+    return "sm_80" if large else "sm_86"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import triton.language as tl
 from lit_sparse.attention.triton.primitives import load_keys, load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def means_kernel(
     K,
     MEANS,
@@ -55,7 +55,7 @@ def _load_means(MEANS, begin, end, D: tl.constexpr, DP: tl.constexpr, STEP: tl.c
     return tl.load(MEANS + block[:, None] * D + dim[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strip_first", "strip", "width", "asked", "blocks"])
 def masses_kernel(
     Q,
     MEANS,

@@ -43,19 +43,18 @@ def select(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Selection:
 
     q [T, Hq, D], k [Tk, Hkv, D] on one device. Block means are rounded to their dtype.
     """
-    heads = k.shape[1]
-    slots = int(plan.offsets[-1])
-    columns = torch.empty(heads, slots, dtype=torch.int32, device=q.device)
+    heads, slots = k.shape[1], int(plan.offsets[-1])
+    # Where nothing is dropped all heads have one list, and it is a quadratic one: a single copy.
+    lists = 1 if plan.keeps_everything else heads
+    columns = torch.empty(lists, slots, dtype=torch.int32, device=q.device)
     entry = torch.empty_like(columns)
-    on_device = tables(plan, q.device)
-    if plan.tiles:
-        run(
-            fill_kernel, (plan.tiles, heads),
-            columns, entry, on_device.tiles, slots, TILE_FIELDS, 128,
-        )  # fmt: skip
+    run(
+        fill_kernel, (plan.tiles, lists),
+        columns, entry, tables(plan, q.device).tiles, slots, TILE_FIELDS, 128,
+    )  # fmt: skip
     if not plan.keeps_everything:
         _choose(q, k, plan, scale, columns, entry)
-    return Selection(plan, columns, entry)
+    return Selection(plan, columns.expand(heads, slots), entry.expand(heads, slots))
 
 
 def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, entry: Tensor) -> None:
@@ -75,7 +74,7 @@ def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, ent
     size = rows.count(config.rows)
     chunks = rows.chunks(size)
     asked = 1 + min(int(plan.late.max(initial=0)), plan.tile)
-    late = triton.next_power_of_2(max(int(plan.late.max(initial=0)), 2))
+    late = triton.next_power_of_2(max(int(plan.late.max(initial=0)), 64))
     row_bytes = 4 * heads * (asked + chunks)
     cut = strips(plan, row_bytes, max(STRIP_BYTES, q.nbytes // 8))
     most = max((strip.stop - strip.before) * strip.width for strip in cut)

@@ -80,7 +80,9 @@ def make_work(selection: Selection, size: int | None = None) -> Work:
     )
     # Parts of long columns start first, or they would end last; the rest keeps its order, in which
     # neighbours read the same queries.
-    later = torch.where(real, (~cut[column]).to(torch.int8), 2)
+    # Then whole columns, by eighths of an item's length: a long one that starts last ends last.
+    eighth = (stop - begin) * 8 // size
+    later = torch.where(real, torch.where(cut[column], 0, 9 - eighth), 10)
     first_tile = tables(selection.plan, device).tiles[:, 9]
     start = (torch.arange(len(first_tile), device=device) - first_tile) * selection.tile
     lists = start.to(torch.int32)[by_block.tiles.clamp(min=0)]

@@ -148,6 +148,23 @@ def test_repeats_bit_for_bit():
             assert torch.equal(one, other)
 
 
+def test_nothing_waits_for_the_device():
+    """Neither selection nor forward nor backward, once a plan has been on the device."""
+    q, k, v, cotangent = _inputs(8192)
+
+    def step():
+        selection = select(q, k, LAW, [0, 5000, 8192])
+        return _grads(lambda *x: sparse_attention(*x, selection)[0], q, k, v, cotangent)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_selection_keeps_what_the_definition_keeps():
     """bfloat16 means and products rank a little otherwise: the mass they keep is the same."""
     q, k, v, _ = _inputs(16384, 8, 2, 128, scale=1.5)
