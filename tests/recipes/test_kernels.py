@@ -19,23 +19,35 @@ KERNELS = GATHERING | {
 LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
 
-def _python(*command):
+def _start(*command):
     """Outside of the interpreter that this process may run kernels in."""
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
     )  # fmt: skip
 
 
-def _report(path, *options):
-    done = _python("-m", "lit_sparse", "kernels", "--json", str(path), *options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+def _output(process):
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out
+
+
+def _report(folder, *options, targets=TARGETS):
+    """What the command prints and writes for all targets, each in a process of its own."""
+    paths = [folder / f"{target}.json" for target in targets]
+    running = [
+        _start("-m", "lit_sparse", "kernels", "--targets", target, "--json", str(path), *options)
+        for target, path in zip(targets, paths, strict=True)
+    ]
+    tables = [_output(process) for process in running]
+    return "\n".join(tables), [r for path in paths for r in json.loads(path.read_text())]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return _report(tmp_path_factory.mktemp("kernels") / "report.json")
+    return _report(tmp_path_factory.mktemp("kernels"))
 
 
 def test_every_kernel_at_every_head_dimension_for_both_gpus(report):
@@ -95,9 +107,8 @@ for target, kernel, row in (
 
 
 def test_bad_launches_are_seen():
-    done = _python("-c", BAD)
-    assert done.returncode == 0, done.stderr
-    serialised, waiting, spilling, large = map(json.loads, done.stdout.splitlines())
+    lines = _output(_start("-c", BAD)).splitlines()
+    serialised, waiting, spilling, large = map(json.loads, lines)
     assert serialised["ahead"] < 2
     assert waiting["ahead"] < 2
     assert spilling["spills"] > 0
@@ -108,7 +119,7 @@ def test_bad_launches_are_seen():
 @pytest.mark.parametrize("groups", [1, 3, 7, 8, 16])
 def test_every_group_size(groups, tmp_path):
     options = ("--groups", str(groups), "--head-dims", "64,128")
-    for r in _report(tmp_path / "report.json", *options)[1]:
+    for r in _report(tmp_path, *options)[1]:
         assert r["shared"] <= LIMIT[r["target"]], r
         assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
         assert r["warnings"] == [], r
@@ -117,7 +128,7 @@ def test_every_group_size(groups, tmp_path):
 
 @pytest.mark.slow
 def test_gpus_with_little_shared_memory(tmp_path):
-    for r in _report(tmp_path / "report.json", "--targets", "sm_86")[1]:
+    for r in _report(tmp_path, targets=["sm_86"])[1]:
         assert r["shared"] <= LIMIT["sm_86"], r
         assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
         assert r["spills"] == 0 or r["dim"] > 128 or r["kernel"] not in GATHERING, r
