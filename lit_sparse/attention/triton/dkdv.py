@@ -8,7 +8,7 @@ so gradients repeat bit for bit.
 import triton
 import triton.language as tl
 
-from lit_sparse.attention.triton.primitives import cap_logits, load_keys, load_rows
+from lit_sparse.attention.triton.primitives import advance, cap_logits, load_keys, load_rows
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -234,14 +234,8 @@ def dkdv_kernel(
                     d_logits = d_logits * (1.0 - tanh * tanh)
                 dk = tl.dot(d_logits.to(q.dtype), q, dk)
 
-            if SUB == 1:
-                slot += 1
-                token_start = tl.load(LISTS + tl.minimum(slot, last))
-            else:
-                wrap = (sub == SUB - 1).to(tl.int32)
-                slot += wrap
-                sub = (sub + 1) * (1 - wrap)
-                token_start = tl.load(LISTS + tl.minimum(slot, last)) + sub * TOKENS
+            slot, sub = advance(slot, sub, SUB)
+            token_start = tl.load(LISTS + tl.minimum(slot, last)) + sub * TOKENS
             entry = tl.load(ENTRIES + tl.minimum(slot, last))
 
     # Loaded again where it is needed, not kept in registers through the loops.

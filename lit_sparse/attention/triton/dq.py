@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 
 from lit_sparse.attention.triton.primitives import (
+    advance,
     cap_logits,
     load_keys,
     load_rows,
     next_column,
+    read_tile,
+    seen_keys,
     store_rows,
 )
 
@@ -59,22 +62,14 @@ def dq_kernel(
     LSE, DELTA: float32 [Hkv, T, G], the former in units of log 2, +inf for rows without keys.
     """
     TOKENS: tl.constexpr = ROWS // GP
-    CHUNKS: tl.constexpr = (TILE + TOKENS - 1) // TOKENS
     SUB: tl.constexpr = BLOCK // STEP
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    chunk = program % CHUNKS * TOKENS
-    FIELD = TILES + (program // CHUNKS).to(tl.int64) * TILE_FIELDS
-    first_query = tl.load(FIELD) + chunk
-    start = tl.load(FIELD + 1).to(tl.int32) + chunk
-    existing = tl.load(FIELD + 2).to(tl.int32) - chunk
+    first_query, start, existing, chunk, first_key, length, offset, full, size = read_tile(
+        TILES, program, TILE_FIELDS, TILE, TOKENS
+    )
     if existing <= 0:
         return
-    first_key = tl.load(FIELD + 3)
-    length = tl.load(FIELD + 4).to(tl.int32)
-    offset = tl.load(FIELD + 5)
-    full = tl.load(FIELD + 6).to(tl.int32)
-    size = tl.load(FIELD + 7).to(tl.int32)
     COLUMNS += head.to(tl.int64) * slots + offset
     ENTRY += head.to(tl.int64) * slots + offset
 
@@ -114,12 +109,7 @@ def dq_kernel(
             else:
                 logits = logits * scale_log2
             if MASKED or WINDOW:
-                key = key_start + tl.arange(0, STEP)
-                seen = key[None, :] <= position[:, None]
-                if MASKED:
-                    seen &= (token >= entry)[:, None]
-                if WINDOW:
-                    seen &= position[:, None] - key[None, :] < window
+                seen = seen_keys(key_start, position, token, entry, window, STEP, MASKED, WINDOW)
                 logits = tl.where(seen, logits, float("-inf"))
             weights = tl.exp2(logits - lse[:, None])
             d_weights = tl.dot(dout, tl.trans(v))
@@ -128,12 +118,7 @@ def dq_kernel(
                 d_logits = d_logits * (1.0 - tanh * tanh)
             dq = tl.dot(d_logits.to(k.dtype), k, dq)
 
-            if SUB == 1:
-                slot += 1
-            else:
-                wrap = (sub == SUB - 1).to(tl.int32)
-                slot += wrap
-                sub = (sub + 1) * (1 - wrap)
+            slot, sub = advance(slot, sub, SUB)
             column = next_column(COLUMNS, slot, size - 1)
             if MASKED:
                 entry = tl.load(ENTRY + tl.minimum(slot, size - 1)) - chunk

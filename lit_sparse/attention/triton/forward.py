@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 
 from lit_sparse.attention.triton.primitives import (
+    advance,
     cap_logits,
     load_keys,
     load_rows,
     next_column,
+    read_tile,
+    seen_keys,
     store_rows,
 )
 
@@ -61,23 +64,15 @@ def forward_kernel(
     masked over late blocks (by entry row) and the diagonal (by position).
     """
     TOKENS: tl.constexpr = ROWS // GP
-    CHUNKS: tl.constexpr = (TILE + TOKENS - 1) // TOKENS
     SUB: tl.constexpr = BLOCK // STEP
     # The last tiles have the longest lists: they start first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    chunk = program % CHUNKS * TOKENS
-    FIELD = TILES + (program // CHUNKS).to(tl.int64) * TILE_FIELDS
-    first_query = tl.load(FIELD) + chunk
-    start = tl.load(FIELD + 1).to(tl.int32) + chunk
-    existing = tl.load(FIELD + 2).to(tl.int32) - chunk
+    first_query, start, existing, chunk, first_key, length, offset, full, size = read_tile(
+        TILES, program, TILE_FIELDS, TILE, TOKENS
+    )
     if existing <= 0:
         return
-    first_key = tl.load(FIELD + 3)
-    length = tl.load(FIELD + 4).to(tl.int32)
-    offset = tl.load(FIELD + 5)
-    full = tl.load(FIELD + 6).to(tl.int32)
-    size = tl.load(FIELD + 7).to(tl.int32)
     COLUMNS += head.to(tl.int64) * slots + offset
     ENTRY += head.to(tl.int64) * slots + offset
 
@@ -115,12 +110,7 @@ def forward_kernel(
             else:
                 factor = scale_log2
             if MASKED or WINDOW:
-                key = key_start + tl.arange(0, STEP)
-                seen = key[None, :] <= position[:, None]
-                if MASKED:
-                    seen &= (token >= entry)[:, None]
-                if WINDOW:
-                    seen &= position[:, None] - key[None, :] < window
+                seen = seen_keys(key_start, position, token, entry, window, STEP, MASKED, WINDOW)
                 logits = tl.where(seen, logits, float("-inf"))
             new_top = tl.maximum(top, tl.max(logits, 1) * factor)
             if MASKED or WINDOW:
@@ -135,12 +125,7 @@ def forward_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc)
             top = new_top
 
-            if SUB == 1:
-                slot += 1
-            else:
-                wrap = (sub == SUB - 1).to(tl.int32)
-                slot += wrap
-                sub = (sub + 1) * (1 - wrap)
+            slot, sub = advance(slot, sub, SUB)
             column = next_column(COLUMNS, slot, size - 1)
             if MASKED:
                 entry = tl.load(ENTRY + tl.minimum(slot, size - 1)) - chunk

@@ -116,3 +116,58 @@ def next_column(COLUMNS, slot, last):
     pipeliner pays for with half of its depth.
     """
     return tl.maximum(tl.load(COLUMNS + tl.minimum(slot, last)), 0)
+
+
+@triton.jit
+def read_tile(TILES, program, TILE_FIELDS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr):
+    """The rows of a program that takes TOKENS tokens of a tile, and the tile's list.
+
+    Returns packed index, document position and number (none: <= 0) of its tokens, and how many of
+    the tile's tokens come before; packed index of the document's first key, and its keys; where the
+    list starts, how many of its slots every row sees, and all of them.
+    """
+    CHUNKS: tl.constexpr = (TILE + TOKENS - 1) // TOKENS
+    chunk = program % CHUNKS * TOKENS
+    FIELD = TILES + (program // CHUNKS).to(tl.int64) * TILE_FIELDS
+    first_query = tl.load(FIELD) + chunk
+    start = tl.load(FIELD + 1).to(tl.int32) + chunk
+    existing = tl.load(FIELD + 2).to(tl.int32) - chunk
+    first_key = tl.load(FIELD + 3)
+    length = tl.load(FIELD + 4).to(tl.int32)
+    offset = tl.load(FIELD + 5)
+    full = tl.load(FIELD + 6).to(tl.int32)
+    size = tl.load(FIELD + 7).to(tl.int32)
+    return first_query, start, existing, chunk, first_key, length, offset, full, size
+
+
+@triton.jit
+def seen_keys(
+    key_start, position, token, entry, window, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """bool [ROWS, KEYS]: the keys from `key_start` on that rows at `position` see.
+
+    MASKED: of a block that only tokens from `entry` on see.
+    """
+    key = key_start + tl.arange(0, KEYS)
+    seen = key[None, :] <= position[:, None]
+    if MASKED:
+        seen &= (token >= entry)[:, None]
+    if WINDOW:
+        seen &= position[:, None] - key[None, :] < window
+    return seen
+
+
+@triton.jit
+def advance(slot, sub, SUB: tl.constexpr):
+    """The next of SUB steps within a list's slot, or the next slot's first.
+
+    By selection: a branch would come too late for the loads that are issued ahead.
+    """
+    if SUB == 1:
+        slot += 1
+    else:
+        wrap = (sub == SUB - 1).to(tl.int32)
+        slot += wrap
+        sub = (sub + 1) * (1 - wrap)
+    return slot, sub
