@@ -3,6 +3,7 @@ where there is one: there they are of those that `pytest -m gpu` runs.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,27 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _patch_once():
+    """The interpreter patches Triton's language at every launch, and again at every call of a
+    device function within it, which takes a third of its time here.
+    """
+    if DEVICE == "cuda":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        return self.rewrite()(*args, **kwargs)
+
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+    scope.restore()
 
 
 @pytest.fixture

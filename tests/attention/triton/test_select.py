@@ -53,20 +53,21 @@ def precise(device):
     return torch.float32
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-@pytest.mark.parametrize(
-    ("heads", "tile", "lengths"),
-    [
-        ((4, 1), 16, [260]),
-        ((3, 1), 8, [0, 100, 0, 1, 30, 0]),
-        ((16, 1), 16, [180]),
-        ((2, 2), 32, [200]),
-    ],
-)
-def test_lists_of_the_cpu(budget, heads, tile, lengths, draw, precise):
+SHAPES = [
+    ((4, 1), 16, [260]),
+    ((3, 1), 8, [0, 100, 0, 1, 30, 0]),
+    ((16, 1), 16, [180]),
+    ((2, 2), 32, [200]),
+]
+CASES = [(budget, *SHAPES[0]) for budget in BUDGETS]
+CASES += [(budget, *shape) for budget in ("tight", "all late", "no sink") for shape in SHAPES[1:]]
+
+
+@pytest.mark.parametrize(("law", "heads", "tile", "lengths"), CASES, ids=str)
+def test_lists_of_the_cpu(law, heads, tile, lengths, draw, precise):
     q, k, _ = draw(sum(lengths), *heads, 64, precise)
     cu_seqlens = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    torch_lists, ours = _both(q, k, budget, cu_seqlens, block=16, tile=tile)
+    torch_lists, ours = _both(q, k, BUDGETS[law], cu_seqlens, block=16, tile=tile)
     assert _same(torch_lists, ours)
 
 
