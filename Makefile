@@ -25,10 +25,11 @@ test-all: install
 # All that needs a GPU, with the Python whose CUDA build of torch is installed (no .venv): the
 # checks, side by side where pytest-xdist is there, then the benchmark. OUT is where results go.
 OUT ?= runs/gpu
+GPU_TESTS := tests/attention/triton tests/recipes/test_benchmark_cuda.py
 gpu:
 	mkdir -p $(OUT)
 	status=0; \
-	$(PYTHON) -m pytest -m gpu tests -p no:cacheprovider \
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider $(GPU_TESTS) \
 		$$($(PYTHON) -c "import xdist" 2> /dev/null && echo "-n 12") $(ARGS) || status=1; \
 	$(PYTHON) -m lit_sparse benchmark --device cuda --seconds 270 \
 		--json $(OUT)/benchmark.json --plot $(OUT)/benchmark.png || status=1; \

@@ -534,6 +534,7 @@ def test_defaults_on_cuda_are_those_of_the_goals(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path, capsys):
     path = tmp_path / "report.json"
     arguments = ["--device", "cuda", "--lengths", "4096,8192", "--json", str(path)]
