@@ -143,6 +143,9 @@ def check(case, draw, device, half, monkeypatch):
             # as a rounding of the lse.
             rounding = torch.finfo(torch.float32).eps * exact[1].nan_to_num(neginf=0).abs()
             allowed = max(allowed, rounding.max().item() if rounding.numel() else 0.0)
+        if name == "dsinks":
+            # A number a head: plain attention may be right by chance, but for its rounding.
+            allowed = max(allowed, torch.finfo(dtype).eps)
         assert error <= (2 if name == "out" else 3) * allowed + 1e-6, (name, error, allowed)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), exact[1], rtol=2e-6, atol=5e-4)
