@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lit_sparse.attention.options import Options
 from lit_sparse.attention.selection import Selection
-from lit_sparse.attention.triton.config import Launch, Rows, launch, padded_dim
+from lit_sparse.attention.triton.config import Rows, launch, padded_dim
 from lit_sparse.attention.triton.dkdv import dkdv_kernel, reduce_kernel, statistics_kernel
 from lit_sparse.attention.triton.dq import dq_kernel
 from lit_sparse.attention.triton.forward import forward_kernel
@@ -157,16 +157,14 @@ def forward(
     config = launch("forward", q.device, problem.dim)
     size, step = problem.rows.count(config.rows), min(config.step, selection.block)
     tma = config.tma and describable(k, v)
-    grid = (selection.plan.tiles * problem.rows.chunks(size), problem.heads)
-    if grid[0]:
-        run(
-            forward_kernel, grid,
-            q, *(_keys(x, step, tma) for x in (k, v)), out, lse, sinks,
-            problem.columns, problem.entry, problem.tables.tiles, problem.columns.shape[1],
-            *problem.logits, *_strides(q, k, v, out), lse.stride(0),
-            TILE_FIELDS=TILE_FIELDS, ROWS=size, STEP=step, SINK=sinks is not None, TMA=tma,
-            **problem.shape, num_warps=_warps(config, size), num_stages=config.stages,
-        )  # fmt: skip
+    run(
+        forward_kernel, (selection.plan.tiles * problem.rows.chunks(size), problem.heads),
+        q, *(_keys(x, step, tma) for x in (k, v)), out, lse, sinks,
+        problem.columns, problem.entry, problem.tables.tiles, problem.columns.shape[1],
+        *problem.logits, *_strides(q, k, v, out), lse.stride(0),
+        TILE_FIELDS=TILE_FIELDS, ROWS=size, STEP=step, SINK=sinks is not None, TMA=tma,
+        **problem.shape, num_warps=config.warps_for(size), num_stages=config.stages,
+    )  # fmt: skip
     return out, lse
 
 
@@ -209,7 +207,7 @@ def backward(
         problem.columns, problem.entry, problem.tables.tiles, slots, tokens,
         options.scale, *problem.logits, *_strides(q, k, v, grad_out, dq),
         TILE_FIELDS=TILE_FIELDS, ROWS=size, STEP=step, TMA=tma,
-        **shape, num_warps=_warps(config, size), num_stages=config.stages,
+        **shape, num_warps=config.warps_for(size), num_stages=config.stages,
     )  # fmt: skip
     _keys_backward(problem, make_work(selection), q, k, v, grad_out, lse2, delta, dk, dv)
 
@@ -295,8 +293,3 @@ def _describe(x: Tensor, box: list[int]) -> TensorDescriptor:
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def _warps(config: Launch, rows: int) -> int:
-    # 64 rows under 8 warps would be computed twice, by both warp groups.
-    return config.warps if rows == config.rows else min(config.warps, 4)

@@ -35,6 +35,12 @@ class Launch:
     tma: bool = False
     split: bool = False
 
+    def warps_for(self, rows: int) -> int:
+        """Warps of a program with fewer rows than the table's: 64 rows under 8 warps would be
+        computed twice, by both warp groups.
+        """
+        return self.warps if rows == self.rows else min(self.warps, 4)
+
 
 TABLE: dict[str, dict[str, dict[int, Launch]]] = {
     "sm_90": {

@@ -87,7 +87,7 @@ def _choose(q: Tensor, k: Tensor, plan: Plan, scale: float, columns: Tensor, ent
             q, means, sums, masses, on_device.tiles, strip.before, tiles, strip.width, asked,
             blocks, scale * math.log2(math.e), q.stride(0), q.stride(1),
             TILE_FIELDS, rows.groups, rows.padded_groups, dim, padded_dim(dim), plan.tile,
-            size, config.step, num_warps=config.warps, num_stages=config.stages,
+            size, config.step, num_warps=config.warps_for(size), num_stages=config.stages,
         )  # fmt: skip
         span = next((span for span in _SPANS if span >= strip.width), _SPANS[-1])
         run(
