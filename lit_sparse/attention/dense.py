@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_sparse.attention.plan import Plan
+from lit_sparse.attention.plan import Plan, to_device
 
 
 def has_kernel(q: Tensor, plan: Plan) -> bool:
@@ -73,9 +73,7 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple
             return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     boundaries = plan.cache.get(("cu_seqlens", q.device))
     if boundaries is None:
-        # Saved for the backward, so not in the inference mode of a validation that comes first.
-        with torch.inference_mode(False):
-            boundaries = torch.tensor(plan.queries, dtype=torch.int32, device=q.device)
+        boundaries = to_device(np.asarray(plan.queries, dtype=np.int32), q.device)
         plan.cache["cu_seqlens", q.device] = boundaries
     flash = torch.ops.aten._flash_attention_forward
     out, lse = flash(

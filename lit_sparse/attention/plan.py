@@ -131,12 +131,7 @@ class Plan:
         """One of the arrays, int64 on a device: copied there once, and nothing waits for it."""
         found = self.cache.get((name, device))
         if found is None:
-            # Outside of inference mode, so that training may use what validation has made.
-            with torch.inference_mode(False):
-                host = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
-                cuda = device.type == "cuda"
-                # A copy from memory that is not pinned waits for all that the device has to do.
-                found = (host.pin_memory() if cuda else host).to(device, non_blocking=cuda)
+            found = to_device(getattr(self, name), device)
             self.cache[name, device] = found
         return found
 
@@ -162,6 +157,17 @@ class Plan:
     @property
     def late_slots(self) -> Tensor:
         return self._slots[2]
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy that nothing waits for, to keep with a plan."""
+    # Outside of inference mode, so that training may use what validation has made.
+    with torch.inference_mode(False):
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        if device.type != "cuda":
+            return host.to(device)
+        # A copy from memory that is not pinned waits for all that the device has to do.
+        return host.pin_memory().to(device, non_blocking=True)
 
 
 def late_rows(late: int, tile: int) -> list[int]:

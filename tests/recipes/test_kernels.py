@@ -121,8 +121,7 @@ def test_every_group_size(groups, tmp_path):
         assert r["shared"] <= LIMIT[r["target"]], r
         assert r["ahead"] >= 2 or r["kernel"] not in GATHERING, r
         assert r["warnings"] == [], r
-        # The chooser of a million tokens' blocks, whose masses come in two chunks at 16 heads.
-        assert r["spills"] == 0 or (r["kernel"], r["warps"]) == ("choose_kernel", 16), r
+        assert r["spills"] == 0, r
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ def _ranked(SUMS, ASKED, column, low, high, recent, CHUNKS: tl.constexpr, width)
     """
     candidate = (column >= low) & (column < high)
     mass = tl.zeros_like(column).to(tl.float32)
-    for chunk in tl.static_range(CHUNKS):
+    # A loop, not unrolled: loads of all chunks at a time would not fit the registers.
+    for chunk in range(CHUNKS):
         at = SUMS - CHUNKS * width + chunk * width + column
         mass += tl.load(at, mask=candidate & recent, other=0.0)
     mass += tl.load(ASKED + column, mask=candidate, other=0.0)

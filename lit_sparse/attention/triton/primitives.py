@@ -103,8 +103,10 @@ def cap_logits(products, cap_in, cap_out):
 
     cap_in: 2 * log2(e) * scale / softcap; cap_out: softcap * log2(e).
     """
-    # tanh(x) = 1 - 2 / (1 + e^2x): right at both ends, where e^2x is 0 or inf.
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(products * cap_in))
+    # tanh|x| = (1 - e) / (1 + e) with e = exp(-2|x|): never overflows, and 1 - e is exact near 0.
+    decay = tl.exp2(-tl.abs(products) * cap_in)
+    size = (1.0 - decay) / (1.0 + decay)
+    tanh = tl.where(products < 0.0, -size, size)
     return cap_out * tanh, tanh
 
 

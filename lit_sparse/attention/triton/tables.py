@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_sparse.attention.plan import Plan
+from lit_sparse.attention.plan import Plan, to_device
 
 TILE_FIELDS = 16
 """int64 columns of the tile table, in the order of `Tables.tiles`."""
@@ -41,9 +41,7 @@ def tables(plan: Plan, device: torch.device) -> Tables:
     """The tables of a plan, from its cache if it was on this device before."""
     found = plan.cache.get(device)
     if found is None:
-        # Outside of inference mode, so that training may use what validation has made.
-        with torch.inference_mode(False):
-            found = Tables(_to(_tile_table(plan), device), _to(_block_table(plan), device))
+        found = Tables(to_device(_tile_table(plan), device), to_device(_block_table(plan), device))
         plan.cache[device] = found
     return found
 
@@ -87,11 +85,3 @@ def _block_table(plan: Plan) -> np.ndarray:
     table[:, 4] = np.diff(plan.queries)[document]
     table[:, 5] = plan.first_tile[document]
     return table
-
-
-def _to(table: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(table)
-    if device.type != "cuda":
-        return host.to(device)
-    # From pinned memory, so that the host need not wait for what the device is doing.
-    return host.pin_memory().to(device, non_blocking=True)
