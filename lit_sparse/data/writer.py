@@ -184,11 +184,11 @@ class ShardWriter:
         loss_crc = 0
         if self._header.kind == "chat":
             loss = np.concatenate(self._loss).astype(np.uint8)
-            loss_crc = zlib.crc32(loss)
+            loss_crc = zlib.crc32(loss.data)
             columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(loss)))
         batch = len(self._batches)
         token = self.tokens - self._pending
-        self._batches.append((0, batch, first, token, zlib.crc32(ids), loss_crc))
+        self._batches.append((0, batch, first, token, zlib.crc32(ids.data), loss_crc))
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
         self._names, self._ids, self._loss, self._pending = [], [], [], 0
 
@@ -299,7 +299,7 @@ def _write_for_datasets(folder: Path, manifest: Manifest) -> None:
     if manifest.kind == "chat":
         features["loss"] = ids("uint8")
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard.name} for shard in manifest.shards],
         "_fingerprint": manifest.fingerprint[:16],
         "_format_columns": None,
