@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from lit_sparse.data.encoder import TextEncoder
+
 END_OF_DOCUMENT = "<|endoftext|>"
 
-CHUNK = 1 << 20
-"""Characters a Hugging Face tokenizer gets at once: some hang on more (llm-foundry#1240)."""
+
+class Encoder(Protocol):
+    """The part of a tokenizer that worker processes need. It pickles."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, one dimension, without special tokens."""
 
 
 class Tokenizer(Protocol):
@@ -21,6 +29,18 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """What `load_tokenizer` was given."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides about ids, wherever the tokenizer lies."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Does what `encode_many` does, in another process."""
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ids of a text, one dimension, without special tokens."""
 
@@ -37,6 +57,11 @@ class ByteTokenizer:
 
     eos_id = 256
     vocab_size = 257
+    name = fingerprint = "bytes"
+
+    @property
+    def encoder(self) -> Encoder:
+        return self
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Bytes of the text, uint16 [bytes]. A lone surrogate, no UTF-8, becomes "?"."""
@@ -99,15 +124,24 @@ class HFTokenizer:
                 f"data.tokenizer = {str(path)!r} has no eos_token, which is put at the end of each "
                 "document; set one in its tokenizer_config.json"
             )
-
-    @property
-    def eos_id(self) -> int:
-        return int(self.inner.eos_token_id)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids in use, added tokens included; the embedding of a model may have more rows."""
-        return max(len(self.inner), self.eos_id + 1)
+        self.name = str(path)
+        self.eos_id = int(self.inner.eos_token_id)
+        vocabulary = self.inner.get_vocab()
+        self.vocab_size = 1 + max(self.eos_id, *vocabulary.values())
+        """Ids are below it, added tokens included; the embedding of a model may have more rows."""
+        backend = getattr(self.inner, "backend_tokenizer", None)
+        if backend is None:
+            definition = json.dumps([type(self.inner).__name__, sorted(vocabulary.items())])
+            self.encoder: Encoder = _SlowEncoder(self.inner)
+        else:
+            # Padding and truncation are settings of the last call, no part of the tokenizer.
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_padding()
+            backend.no_truncation()
+            definition = backend.to_str()
+            self.encoder = TextEncoder(definition)
+        parts = [definition, str(self.eos_id)]
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def encode(self, text: str | bytes) -> np.ndarray:
         if isinstance(text, bytes):
@@ -116,27 +150,34 @@ class HFTokenizer:
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int64. A special token spelled out in a text is read as text."""
-        chunks = [list(_chunks(text)) for text in texts]
-        flat = [chunk for group in chunks for chunk in group]
-        if not flat:
-            return [np.zeros(0, np.int64) for _ in texts]
-        encoded = self.inner(
-            flat,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        arrays = iter([np.asarray(ids, dtype=np.int64) for ids in encoded])
-        empty = np.zeros(0, np.int64)
-        return [np.concatenate([empty, *(next(arrays) for _ in group)]) for group in chunks]
+        return [ids.astype(np.int64) for ids in self.encoder.encode_many(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.inner.decode(_as_array(ids).tolist(), clean_up_tokenization_spaces=False)
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.inner.save_pretrained(str(directory))
+
+
+class _SlowEncoder:
+    """Encodes by a tokenizer of transformers that is written in Python, each text as a whole."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = [
+            self._inner(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            for text in texts
+        ]
+        return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
@@ -171,21 +212,3 @@ def _byte_characters() -> list[str]:
             characters.append(chr(spare))
             spare += 1
     return characters
-
-
-def _chunks(text: str) -> Iterable[str]:
-    """Pieces of a text, cut where a line ends and the next does not start with a space.
-
-    Pre-tokenizers of byte-level BPE cut there anyway, so the ids do not change.
-    """
-    start = 0
-    while len(text) - start > CHUNK:
-        cut = start + CHUNK
-        while cut > start and not (text[cut - 1] == "\n" and not text[cut].isspace()):
-            cut = text.rfind("\n", start, cut - 1) + 1
-        if cut <= start:  # no line ends here: one enormous line
-            cut = start + CHUNK
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
