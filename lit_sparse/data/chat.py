@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lit_sparse.data.messages import Message, read_messages
 from lit_sparse.data.tokenizer import Tokenizer
 
-Message = dict[str, Any]
 Span = tuple[int, int]
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 # Noncharacters of Unicode: no text holds them, and neither `trim` nor `tojson` touches them.
 _MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
@@ -45,9 +43,8 @@ class ChatEncoder:
     `{% generation %}` blocks they decide, but for the end-of-turn token: it is learnt also if it
     stands right behind a block, and white space behind it is not.
 
-    A message is `{"role", "content"}`, with `tool_calls` or `reasoning_content` if wanted, or
-    ShareGPT's `{"from", "value"}` ("human" and "gpt"). A content in parts is joined, if all are
-    text. Special tokens spelled out in a message become such tokens, as `apply_chat_template` does.
+    Conversations have the forms that `read_messages` takes. Special tokens spelled out in a message
+    become such tokens, as `apply_chat_template` has it.
 
     Args:
         tokenizer: a Hugging Face one with offsets (a fast one) and a chat template.
@@ -105,30 +102,26 @@ class ChatEncoder:
     def _render_turns(self, messages: Any, tools: list[dict] | None) -> tuple[str, list[Span]]:
         """The text of a conversation, and the characters of it that the model learns."""
         messages = read_messages(messages)
-        if _GENERATION.search(self._inner.get_chat_template(tools=tools)):
-            return self._render_blocks(messages, tools)
         text = self._render(messages, tools)
-        marked = [_mark(message, f"\ufdd0{k}\ufdd1") for k, message in enumerate(messages)]
+        marked = _mark_all(messages)
         unmarked, ends = _read_marks(self._render(marked, tools))
-        if unmarked != text:
-            raise ValueError("the chat template changes with the text of a turn")
         for k, message in enumerate(messages):
             if k not in ends and message.get("content", "").strip():
                 raise ValueError(f"the chat template leaves out a turn of role {message['role']!r}")
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, self._spans(text, marked, ends, turns, tools)
+        if _GENERATION.search(self._inner.get_chat_template(tools=tools)):
+            return text, self._block_spans(messages, tools)
+        if unmarked != text:
+            raise ValueError("the chat template changes with the text of a turn")
+        return text, self._turn_spans(text, marked, ends, tools)
 
-    def _spans(
-        self,
-        text: str,
-        marked: list[Message],
-        ends: dict[int, int],
-        turns: list[int],
-        tools: list[dict] | None,
+    def _turn_spans(
+        self, text: str, marked: list[Message], ends: dict[int, int], tools: list[dict] | None
     ) -> list[Span]:
         spans: list[Span] = []
         prompts: dict[str, str] = {}  # by the role before, or rendering were quadratic in turns
-        for k in turns:
+        for k, message in enumerate(marked):
+            if message["role"] != "assistant":
+                continue
             if k == 0:
                 raise ValueError("the assistant speaks first")
             before = marked[k - 1]["role"]
@@ -144,28 +137,39 @@ class ChatEncoder:
             if start < begin or written < start or (spans and start < spans[-1][1]):
                 raise ValueError("the chat template changes the order of turns")
             limit = min((end for other, end in ends.items() if other > k), default=len(text))
-            closing = self._closing.search(text, written, limit)
-            if closing is None and marked[k].get("tool_calls"):  # some have an end of their own
-                closing = self._special.search(text, written, limit)
-            spans.append((start, closing.end() if closing else written))
+            if closing := self._closing.search(text, written, limit):
+                written = closing.end()
+            elif message.get("tool_calls"):
+                written = self._end_of_calls(text, written, marked[: k + 1], tools)
+            if not self._closing.sub("", text[start:written]).strip():
+                raise ValueError("the chat template leaves out tool calls")
+            spans.append((start, written))
         return spans
+
+    def _end_of_calls(
+        self, text: str, written: int, marked: list[Message], tools: list[dict] | None
+    ) -> int:
+        """Where tool calls end that have an end of their own: what is there without a next turn."""
+        *_, (_, tail) = [(-1, ""), *_after_marks(self._render(marked, tools))]
+        end = written + len(_common_prefix(tail, text[written:]).rstrip())
+        if self._special.search(text, written, end):
+            return end
+        header = self._special.match(text, end)  # or it is the header of the tool that ends them
+        return header.end() if header else end
 
     def _shared(self, prompt: str, text: str) -> int:
         """Characters of a generation prompt that a turn begins with, in whole tokens of the prompt.
 
         A prompt may open a think block which the template drops from a finished turn.
         """
-        if text == prompt:
-            return len(prompt)
-        unequal = (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b)
-        shared = next(unequal, len(text))
+        shared = len(_common_prefix(prompt, text))
+        if shared == len(prompt):
+            return shared
         ends = self._offsets([prompt])["offset_mapping"][0]
         return max((end for _, end in ends if end <= shared), default=0)
 
-    def _render_blocks(
-        self, messages: list[Message], tools: list[dict] | None
-    ) -> tuple[str, list[Span]]:
-        # The mask that apply_chat_template makes of the blocks loses white space at their ends.
+    def _block_spans(self, messages: list[Message], tools: list[dict] | None) -> list[Span]:
+        # The mask that apply_chat_template makes of the blocks is wrong at trimmed white space.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
@@ -188,16 +192,22 @@ class ChatEncoder:
             elif written in closed:
                 end = written
             spans.append((start, end))
-        return text, spans
+        return spans
 
     def _closers(self) -> set[str]:
-        """What ends a turn: the first special token behind one, or the text behind the last."""
+        """What ends a turn: the special tokens behind one, or the text behind the last."""
         turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant") * 2]
-        marked = [_mark(turn, f"\ufdd0{k}\ufdd1") for k, turn in enumerate(turns)]
-        tails = dict(_after_marks(self._render(marked, None)))
-        tokens = [self._special.search(tails.get(k, "")) for k in (1, 3)]
-        found = {token.group() for token in tokens if token}
-        return found or {tails.get(3, "").strip()} - {""}
+        tails = dict(_after_marks(self._render(_mark_all(turns), None)))
+        if len(tails) != len(turns):
+            raise ValueError("it leaves out a turn whose content is a string")
+        if not (last := self._special.search(tails[3])):
+            inner = self._special.search(tails[1])
+            return {inner.group() if inner else tails[3].strip()} - {""}
+        # Some close with two tokens in a row. In the middle the header of the next turn follows.
+        run = re.match(f"(?:{self._special.pattern})+", tails[3][last.start() :])
+        if run and run.group() in tails[1]:
+            return {run.group()}
+        return {token.group() for tail in (1, 3) if (token := self._special.search(tails[tail]))}
 
     def _render(
         self,
@@ -247,41 +257,6 @@ class ChatEncoder:
         return results
 
 
-def read_messages(messages: Any) -> list[Message]:
-    """The messages of a record as chat templates want them: `role`, `content` a string or absent.
-
-    Raises:
-        ValueError: it is no conversation with an assistant turn; the reason in a few words.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("not a list of messages")
-    read = [_read_message(message) for message in messages]
-    if all(message["role"] != "assistant" for message in read):
-        raise ValueError("no assistant turn")
-    return read
-
-
-def _read_message(message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise ValueError("not a list of messages")
-    message = {key: value for key, value in message.items() if value is not None}
-    if "from" in message and "role" not in message:
-        sender = message.pop("from")
-        message["role"] = SHAREGPT_ROLES.get(str(sender), sender)
-        if "value" in message:
-            message["content"] = message.pop("value")
-    content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise ValueError("content that is not text")
-        content = message["content"] = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls):
-        raise ValueError("message without role or content")
-    if message["role"] == "assistant" and not ((content or "").strip() or calls):
-        raise ValueError("empty assistant turn")
-    return message
-
-
 def _refusal(error: Exception) -> ValueError:
     return ValueError(f"the chat template refuses it: {error}")
 
@@ -289,6 +264,15 @@ def _refusal(error: Exception) -> ValueError:
 def _any_of(texts: set[str]) -> re.Pattern[str]:
     """Finds any of the texts, the longest first; of none, nothing."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _common_prefix(one: str, other: str) -> str:
+    unequal = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(unequal, min(len(one), len(other)))]
+
+
+def _mark_all(messages: list[Message]) -> list[Message]:
+    return [_mark(message, f"\ufdd0{k}\ufdd1") for k, message in enumerate(messages)]
 
 
 def _mark(value: Any, mark: str) -> Any:

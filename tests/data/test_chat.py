@@ -55,6 +55,12 @@ QWEN3_EMPTY_THINK = QWEN3.replace("PROMPT", r"<think>\n\n</think>\n\n")
 QWEN3_OPEN_THINK = QWEN3.replace("PROMPT", r"<think>\n")
 QWEN3 = QWEN3.replace("PROMPT", "")
 
+CALLS = """{% for m in messages %}
+{{- '<|im_start|>tool\n' if m.role == 'tool' else '<|im_start|>' + m.role + '\n' }}
+{%- for call in m.tool_calls or [] %}{{ 'CALL ' + call.function.arguments | tojson + 'END' }}
+{%- endfor %}{% if m.content %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
 # Templates made for training mark what is learnt, with the end of the turn or without.
 BLOCKS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 {%- if m.role == 'assistant' %}
@@ -212,6 +218,28 @@ def test_tool_calls_are_learnt_and_answers_of_tools_are_not(encoder):
     ]
 
 
+def test_tool_calls_may_end_in_their_own_way(encoder):
+    messages = [
+        *turns("q"),
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": {"x": "<s>"}}}]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
+    # gpt-oss has a token for it; GLM ends them with the header of the tool, as it ends a turn.
+    own_token = CALLS.replace("END", "<|eot_id|>")
+    assert learnt(encoder(own_token), messages) == ['CALL {"x": "<s>"}<|eot_id|>', "a<|im_end|>"]
+    next_header = CALLS.replace("END", "").replace("<|im_start|>tool", "<|user|>tool")
+    assert learnt(encoder(next_header), messages) == ['CALL {"x": "<s>"}<|user|>', "a<|im_end|>"]
+
+
+def test_an_end_of_two_tokens_is_learnt_whole(encoder):
+    template = CHATML.replace("<|im_end|>\n", "<|im_end|><|eot_id|>")
+    assert learnt(encoder(template), turns("q", "a", "r", "b")) == [
+        "a<|im_end|><|eot_id|>",
+        "b<|im_end|><|eot_id|>",
+    ]
+
+
 def test_a_turn_that_the_next_header_closes_learns_that_header(encoder):
     assert learnt(encoder(GLM), turns("q", "a", "r", "b")) == ["a<|user|>", "b"]
 
@@ -271,8 +299,17 @@ def test_what_a_template_hides_or_moves_is_refused(encoder):
         encoder(no_system).encode(turns("q", "a", system="s"))
     with pytest.raises(ValueError, match="order of turns"):
         encoder(CHATML.replace("in messages", "in messages | reverse")).encode(messages)
+    measured = CHATML.replace("m['content']", "m['content'] ~ m['content'] | length")
     with pytest.raises(ValueError, match="changes with the text"):
-        encoder(CHATML.replace("m['content']", "m['content'] | length | string")).encode(messages)
+        encoder(measured).encode(messages)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+    with pytest.raises(ValueError, match="leaves out tool calls"):
+        encoder(CHATML).encode(
+            [*turns("q"), {**turns("q", "a")[1], "content": "", "tool_calls": [call]}]
+        )
+    silent = CHATML.replace("m['content']", "''")
+    with pytest.raises(ValueError, match="--tokenizer.*whose content is a string"):
+        encoder(silent)
     with pytest.raises(ValueError, match="the assistant speaks first"):
         encoder(CHATML).encode(messages[1:])
 
