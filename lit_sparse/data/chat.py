@@ -21,7 +21,8 @@ from lit_sparse.data.tokenizer import Tokenizer
 Span = tuple[int, int]
 
 # Noncharacters of Unicode: no text holds them, and neither `trim` nor `tojson` touches them.
-_MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 # Values that a template compares or measures, so they are left as they are.
 _NAMES = frozenset({"role", "type", "id", "tool_call_id", "name"})
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -118,21 +119,28 @@ class ChatEncoder:
         self, text: str, marked: list[Message], ends: dict[int, int], tools: list[dict] | None
     ) -> list[Span]:
         spans: list[Span] = []
-        prompts: dict[str, str] = {}  # by the role before, or rendering were quadratic in turns
+        # Generation prompts, by the role before and the white space its mark stands before, and how
+        # turns met them. To render the prompt of every turn would be quadratic in turns.
+        prompts: dict[tuple[str, str], str] = {}
+        met: set[tuple[tuple[str, str], str]] = set()
         for k, message in enumerate(marked):
             if message["role"] != "assistant":
                 continue
             if k == 0:
                 raise ValueError("the assistant speaks first")
-            before = marked[k - 1]["role"]
-            begin, prompt = ends.get(k - 1, -1), prompts.get(before)
-            if begin < 0 or prompt is None or not text.startswith(prompt, begin):
+            white = marked[k - 1].get("content", "").rpartition(_CLOSE)[2]
+            before = (marked[k - 1]["role"], white)
+            begin, prompt = ends.get(k - 1, -1), prompts.get(before, "")
+            shared = _common_prefix(prompt, text[begin : begin + len(prompt)])
+            if begin < 0 or (before, shared) not in met:
                 prompted = self._render(marked[:k], tools, add_generation_prompt=True)
                 *_, (last, prompt) = [(-1, prompted), *_after_marks(prompted)]
                 begin = ends.get(last, 0)
+                shared = _common_prefix(prompt, text[begin : begin + len(prompt)])
                 if last == k - 1:
                     prompts[before] = prompt
-            start = begin + self._shared(prompt, text[begin : begin + len(prompt)])
+                    met.add((before, shared))
+            start = begin + self._whole_tokens(prompt, len(shared))
             written = ends.get(k, start)
             if start < begin or written < start or (spans and start < spans[-1][1]):
                 raise ValueError("the chat template changes the order of turns")
@@ -157,12 +165,11 @@ class ChatEncoder:
         header = self._special.match(text, end)  # or it is the header of the tool that ends them
         return header.end() if header else end
 
-    def _shared(self, prompt: str, text: str) -> int:
-        """Characters of a generation prompt that a turn begins with, in whole tokens of the prompt.
+    def _whole_tokens(self, prompt: str, shared: int) -> int:
+        """Characters of the tokens that lie in the shared part of a generation prompt.
 
         A prompt may open a think block which the template drops from a finished turn.
         """
-        shared = len(_common_prefix(prompt, text))
         if shared == len(prompt):
             return shared
         ends = self._offsets([prompt])["offset_mapping"][0]
@@ -272,7 +279,7 @@ def _common_prefix(one: str, other: str) -> str:
 
 
 def _mark_all(messages: list[Message]) -> list[Message]:
-    return [_mark(message, f"\ufdd0{k}\ufdd1") for k, message in enumerate(messages)]
+    return [_mark(message, f"{_OPEN}{k}{_CLOSE}") for k, message in enumerate(messages)]
 
 
 def _mark(value: Any, mark: str) -> Any:
