@@ -10,24 +10,48 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
+from lit_sparse.budget import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What a stage, or a run of doubling ones, may set besides length and steps.
+
+    Each holds for the stage that says it and falls back to the run's own value where a later stage
+    does not; only RoPE stays, since a model that learnt new frequencies cannot go back.
+
+    Args:
+        rope: RoPE of the stage. Either explicit parameters in the names of transformers, for
+            example `{"rope_theta": 50000.0}`, where what is left out keeps the value that it had.
+            Or a rule, for example `{"rule": "yarn"}`, which computes them from the stage's length
+            and the RoPE that the model was loaded with; see `lit_sparse.models.rule_parameters`.
+            None: that of the stage before.
+        attention: "sparse" by the budget, or "dense" (a first dense stage serves as warm-up).
+        budget: law of the stage for the layers that have none of their own. None: that of
+            `SparseAttention`, whatever the stage before had.
+        learning_rate: peak of the schedule while the stage lasts; warm-up and cosine go on over
+            the whole run, as shares of it. None: the learning rate of the run.
+        mixture: weights of the data's stores by name, >= 0 and not all 0. None: those of the data.
+    """
+
+    rope: dict[str, Any] | None = None
+    attention: Literal["sparse", "dense"] = "sparse"
+    budget: Budget | None = None
+    learning_rate: float | None = None
+    mixture: dict[str, float] | None = None
+
 
 @dataclass(frozen=True)
-class Stage:
-    """A run of optimizer steps with one context length.
+class Stage(StageOptions):
+    """A run of optimizer steps with one context length; options are those of `StageOptions`.
 
     Args:
         length: longest piece of a document in a row, in tokens.
         steps: optimizer steps of the stage.
-        rope: RoPE parameters of the stage in the names of transformers, for example
-            `{"rope_theta": 50000.0}`; what is left out keeps the value that it had. None: no
-            change.
-        attention: "sparse" by the budget, or "dense" (a first dense stage serves as warm-up).
     """
 
     length: int
     steps: int
-    rope: dict[str, Any] | None = None
-    attention: Literal["sparse", "dense"] = "sparse"
 
 
 class Curriculum:
