@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.models import build_model
+from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
 
 
@@ -25,7 +26,7 @@ class SparseLM(LightningModule):
     Args:
         pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
         architecture: transformers config of a new model: `model_type` and its keys.
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule, where the curriculum's stage sets none.
         min_learning_rate: end of the cosine, as a share of the peak.
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
@@ -33,6 +34,9 @@ class SparseLM(LightningModule):
         gradient_checkpointing: compute activations again in the backward instead of keeping them.
         loss_chunk: tokens whose logits exist at a time.
     """
+
+    applies_stage_learning_rates = True
+    """Asked for by `ContextCurriculum` where a stage sets a learning rate."""
 
     def __init__(
         self,
@@ -117,6 +121,10 @@ class SparseLM(LightningModule):
         total, count = cast(Tensor, self.all_gather(self._validation)).view(-1, 2).sum(0)
         loss = (total / count.clamp(min=1)).float()
         self.log("val/loss", loss)
+        length = getattr(self._datamodule, "validation_length", None)
+        if length is not None:
+            # val/loss jumps where a stage starts: a curve of one length compares with itself.
+            self.log(f"val_by_length/{length}", loss)
         bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
         if bytes_per_token is not None:
             self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
@@ -139,7 +147,13 @@ class SparseLM(LightningModule):
         ]
         optimizer = AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"])
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, lambda step: self._learning_rate_share(step, steps))
+        curriculum, default = find_curriculum(self.trainer), self.hparams["learning_rate"]
+
+        def share(step: int) -> float:
+            peak = default if curriculum is None else curriculum.learning_rate(step, default)
+            return self._learning_rate_share(step, steps) * (peak / default)
+
+        schedule = LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _learning_rate_share(self, step: int, steps: int) -> float:
