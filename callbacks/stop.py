@@ -35,8 +35,8 @@ class StopSignals:
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
-        for number in {signal.SIGTERM, signal.SIGINT, self._requeue} - {None}:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for number in (signal.SIGTERM, signal.SIGINT, self._requeue):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._replaced[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:

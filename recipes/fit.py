@@ -73,10 +73,16 @@ class SparseCLI(LightningCLI):
         self.run = Run(**config.run.as_dict())
         if config.get("ckpt_path"):
             config.ckpt_path = self.run.checkpoint(config.ckpt_path)
-        config.checkpoint.dirpath = str(self.run.checkpoints)
+        if config.checkpoint.dirpath is not None:
+            raise ValueError(
+                f"checkpoint.dirpath = {config.checkpoint.dirpath}: a run keeps its checkpoints in "
+                "its own directory; leave it out and choose --run.root and --run.name"
+            )
         self.save_config_kwargs["directory"] = self.run.path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Not in the config: another run may be started from the config.yaml of this one.
+        self._get(self.config_init, "checkpoint").dirpath = str(self.run.checkpoints)
         if self._get(self.config_init, "trainer").get("logger") in (None, True):
             # No version folder: a resumed run goes on in the same directory.
             logger = TensorBoardLogger(

@@ -147,12 +147,11 @@ class Run:
             )
             state = {}
         harmful, harmless = self._differences(checkpoint, config)
-        for key, old, new in (
-            ("ranks", state.get("ranks"), ranks),
-            ("data", state.get("data"), data),
+        for what, old, new in (
+            ("number of ranks", state.get("ranks"), ranks),
+            ("content of data.path", state.get("data"), data),
         ):
             if None not in (old, new) and old != new:
-                what = "number of ranks" if key == "ranks" else "content of data.path"
                 harmful.append(f"{what}: {old} -> {new}")
         if harmless:
             print("\n  ".join(["changed, and taken over:", *harmless]), flush=True)

@@ -33,14 +33,12 @@ def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints of a directory, oldest step first. Times of files do not count: copies change
     them.
     """
-    found = [
-        (step, p) for p in directory.glob("*.ckpt") if (step := checkpoint_step(p)) is not None
-    ]
-    return [path for _, path in sorted(found)]
+    steps = {path: checkpoint_step(path) for path in directory.glob("*.ckpt")}
+    return [path for step, path in sorted((s, p) for p, s in steps.items() if s is not None)]
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None. Reads all of it: every entry has a checksum."""
+    """What is wrong with a checkpoint file, or None. Reads all of it: entries have checksums."""
     if path.is_dir():  # sharded checkpoints are directories of the strategy's own format
         return None
     try:
