@@ -86,9 +86,8 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         for key, below in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), below)
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+    elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         for i, item in enumerate(value):
-            is_class = isinstance(item, Mapping) and "class_path" in item
-            yield from _flat(prefix if is_class else f"{prefix}[{i}]", item)
+            yield from _flat(prefix if "class_path" in item else f"{prefix}[{i}]", item)
     else:
         yield prefix, value
