@@ -93,11 +93,22 @@ class StageReport(Callback):
             for line in cells
         )
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._mark = None  # writing a checkpoint is not training
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {
+            "rows": self.rows,
+            "stage": self._stage,
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows, self._stage = state_dict["rows"], state_dict["stage"]
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
 
 
 def _stage(trainer: Trainer) -> int:
