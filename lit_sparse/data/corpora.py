@@ -1,4 +1,4 @@
-"""From `data.path` to token stores: opens what is packed, packs what is not, checks that all fit."""
+"""From `data.path` to token stores: opens what is packed, packs what is not, checks them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from lit_sparse.data.cache import cached
 from lit_sparse.data.manifest import MANIFEST, TOKENIZER, UNFINISHED
 from lit_sparse.data.mixture import check_weights
-from lit_sparse.data.pack import inputs_fingerprint, pack
+from lit_sparse.data.pack import pack
+from lit_sparse.data.sources import inputs_fingerprint
 from lit_sparse.data.store import TokenStore
 from lit_sparse.data.tokenizer import Tokenizer, load_tokenizer
 from lit_sparse.training.curriculum import Curriculum
@@ -73,9 +74,7 @@ def open_stores(
     return stores
 
 
-def stage_weights(
-    path: str | Mapping[str, float], curriculum: Curriculum
-) -> np.ndarray:
+def stage_weights(path: str | Mapping[str, float], curriculum: Curriculum) -> np.ndarray:
     """Share of each store in the tokens of each stage: float [stages, stores].
 
     Raises:
@@ -83,7 +82,9 @@ def stage_weights(
             does not.
     """
     names = paths_of(path)
-    common = check_weights(dict.fromkeys(names, 1.0) if isinstance(path, str) else path, "data.path")
+    common = check_weights(
+        dict.fromkeys(names, 1.0) if isinstance(path, str) else path, "data.path"
+    )
     weights = np.empty((len(curriculum.stages), len(names)))
     for i, stage in enumerate(curriculum.stages):
         shares = common
@@ -108,14 +109,17 @@ def divide(total: int, shares: Sequence[float]) -> list[int]:
     return np.maximum(parts, np.asarray(shares) > 0).tolist()
 
 
-def _packed(
-    path: str, tokenizer: Tokenizer, field: str, cache: str | Path | None
-) -> TokenStore:
+def _packed(path: str, tokenizer: Tokenizer, field: str, cache: str | Path | None) -> TokenStore:
     source = path if path == "stdlib" else str(Path(path).resolve())
-    key = {
-        "version": _VERSION,
-        "inputs": inputs_fingerprint([source], field=field),
-        "tokenizer": tokenizer.fingerprint,
-    }
-    folder = cached("stores", key, lambda out: pack([source], tokenizer, out, field=field), cache)
+    try:
+        key = {
+            "version": _VERSION,
+            "inputs": inputs_fingerprint([source], field=field),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        folder = cached(
+            "stores", key, lambda out: pack([source], tokenizer, out, field=field), cache
+        )
+    except ValueError as error:
+        raise ValueError(f"data.path = {path!r}: {error}") from error
     return TokenStore.open(folder)

@@ -15,6 +15,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_sparse.data.corpora import choose_tokenizer, divide, open_stores, stage_weights
+from lit_sparse.data.documents import Documents
 from lit_sparse.data.loading import (
     Batch,
     RowLoader,
@@ -26,7 +27,6 @@ from lit_sparse.data.loading import (
 from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.run_index import Packing, RunIndex
 from lit_sparse.data.store import TokenStore, unigram_bits
-from lit_sparse.data.documents import Documents
 from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.training.curriculum import Curriculum
 

@@ -157,7 +157,7 @@ class ValidationRows(Dataset[Batch]):
     ) -> None:
         self.documents, self.row_tokens, self.seed = list(documents), row_tokens, seed
         self.counts = [
-            count_fixed_rows(held.lengths, row_tokens, share) if share else 0
+            count_fixed_rows(int(held.lengths.sum()), row_tokens, share) if share else 0
             for held, share in zip(documents, shares, strict=True)
         ]
         self.indices: dict[tuple[int, int], RowIndex] = {}
@@ -174,7 +174,7 @@ class ValidationRows(Dataset[Batch]):
         if (length, source) not in self.indices:
             held = self.documents[source]
             self.indices[length, source] = fixed_rows(
-                held.lengths,
+                held.store.lengths,
                 held.numbers,
                 length,
                 self.row_tokens,

@@ -117,7 +117,6 @@ def build_rows(
     prefer_long: bool = True,
     upsample: tuple[int, float] | None = None,
     count_loss: CountLoss | None = None,
-    short: bool = False,
 ) -> None:
     """Write the row index of one store: all rows that the stages ask of it.
 
@@ -141,8 +140,6 @@ def build_rows(
             as often in an epoch.
         count_loss: loss tokens of pieces; None: length - 1. Called with many pieces at once, never
             with filler.
-        short: whether a stage may be longer than every document, as beside another store that has
-            long ones.
 
     Raises:
         ValueError: an argument is out of its range, there is no token, or no document is as long as
@@ -158,7 +155,7 @@ def build_rows(
         truncate=truncate,
         upsample=upsample,
     )
-    _check(supply, packing, short)
+    _check(supply, packing)
     packing = "best_fit" if truncate else packing
     writer = RowWriter(Path(out), lengths, row_tokens, truncate, count_loss)
     for number, stage in enumerate(demand):
@@ -168,25 +165,18 @@ def build_rows(
     writer.close({"packing": packing, "seed": seed})
 
 
-def _check(supply: Supply, packing: str, short: bool) -> None:
+def _check(supply: Supply, packing: str) -> None:
     if packing not in PACKINGS:
         raise ValueError(f"data.packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
     if supply.upsample is not None and supply.upsample[1] < 1:
         raise ValueError(f"data.upsample: times must be >= 1, got {supply.upsample[1]}")
     used = supply.lengths[supply.documents]
-    corpus, longest = int(used.sum()), int(used.max(initial=0))
-    if not corpus:
+    if not used.any():
         raise ValueError("the training documents of data.path hold no token")
     for i, stage in enumerate(supply.demand):
         where = f"curriculum.stages[{i}].length = {stage.length} tokens"
         if not 1 <= stage.length <= supply.row_tokens:
             raise ValueError(f"{where}, must be in [1, data.row_tokens = {supply.row_tokens}]")
-        if stage.rows and stage.length > longest and not short:
-            raise ValueError(
-                f"{where}, but the longest training document of data.path has {longest} (the "
-                f"corpus {corpus} in all), so the stage would not train longer contexts; shorten "
-                "it or add longer documents"
-            )
 
 
 def count_fixed_rows(tokens: int, row_tokens: int, rows: int) -> int:
@@ -201,6 +191,8 @@ def fixed_rows(
     row_tokens: int,
     rows: int,
     seed: int,
+    truncate: bool = False,
+    count_loss: CountLoss | None = None,
 ) -> RowIndex:
     """Rows to validate on at one context length. No token stands in them twice.
 
@@ -216,6 +208,7 @@ def fixed_rows(
         rows: how many rows at most; there are fewer (but one) if the documents do not hold as many
             tokens.
         seed: of the choice; not negative.
+        truncate, count_loss: as in `build_rows`; pieces are then never cut by the end of a row.
     """
     if not 1 <= length <= row_tokens:
         raise ValueError(
@@ -223,6 +216,8 @@ def fixed_rows(
         )
     used = lengths[documents]
     rows = count_fixed_rows(int(used.sum()), row_tokens, rows)
+    if truncate:
+        used = np.minimum(used, length)
     rng = np.random.default_rng((seed, length))
 
     # Full pieces, numbered through all documents; more than the rows could hold are of no use.
@@ -245,24 +240,32 @@ def fixed_rows(
     for row in range(rows):
         room = row_tokens
         while room:
-            if full and (room >= length or not rest):
-                source = full
-            elif rest:
-                source = rest
-            else:
-                rest.append((FILLER, 0, room))
-                continue
-            document, first, tokens = source.popleft()
+            document, first, tokens = _next(full, rest, room, length, truncate)
             taken = min(tokens, room)
-            if taken < tokens:
+            if taken < tokens and document != FILLER:
                 rest.appendleft((document, first + taken, tokens - taken))
-            if document == FILLER:
-                taken = min(taken, length)
             pieces.append((document, first, taken))
             row_of_piece.append(row)
             room -= taken
     document_of, start_of, length_of = np.array(pieces, dtype=np.int64).T
     row_offsets = np.searchsorted(row_of_piece, np.arange(rows + 1)).astype(np.int64)
-    labels = np.where(document_of == FILLER, 0, length_of - 1)
+    real = document_of != FILLER
+    labels = np.where(real, length_of - 1, 0)
+    if count_loss is not None:
+        labels[real] = count_loss(document_of[real], start_of[real], length_of[real])
     loss_tokens = np.add.reduceat(labels, row_offsets[:-1])
     return RowIndex(row_offsets, document_of, start_of, length_of, loss_tokens, row_tokens)
+
+
+Piece = tuple[int, int, int]
+
+
+def _next(full: deque[Piece], rest: deque[Piece], room: int, length: int, whole: bool) -> Piece:
+    """The piece that a row with `room` takes next; if `whole`, one that is not cut by its end."""
+    if full and (room >= length or not (rest or whole)):
+        return full.popleft()
+    for i, piece in enumerate(rest):
+        if not whole or piece[2] <= room:
+            del rest[i]
+            return piece
+    return FILLER, 0, length

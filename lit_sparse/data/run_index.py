@@ -1,4 +1,4 @@
-"""The rows of a whole run: which store each comes from, and which row of that store's index it is."""
+"""The rows of a whole run: the store that each comes from, and its number in that store's index."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lit_sparse.data.cache import cached
-from lit_sparse.data.mixture import schedule
 from lit_sparse.data.epochs import Demand
+from lit_sparse.data.mixture import schedule
 from lit_sparse.data.rows import RowIndex, build_rows
 from lit_sparse.data.store import TokenStore
 
@@ -131,12 +131,12 @@ class RunIndex:
                 conversation is never continued in another row); the message names the stage's key.
         """
         _check_lengths(stores, weights, curriculum, packing)
-        rows = [stage.steps * packing.rows_per_step for stage in curriculum.stages]
+        rows = np.array([stage.steps * packing.rows_per_step for stage in curriculum.stages])
         names = list(stores)
         of_row = schedule(weights, rows)
         of_stage = np.split(of_row, np.cumsum(rows)[:-1])
         indices: list[RowIndex | None] = []
-        keys = []
+        keys: list[str | None] = []
         for i, store in enumerate(stores.values()):
             demand = [
                 Demand(stage.length, int(np.count_nonzero(part == i)))
@@ -167,7 +167,7 @@ class RunIndex:
             "version": _VERSION,
             "stores": keys,
             "weights": np.asarray(weights).tolist(),
-            "rows": rows,
+            "rows": rows.tolist(),
             "rows_per_step": packing.rows_per_step,
         }
         folder = cached("schedules", key, write, cache)
@@ -230,7 +230,7 @@ def _store_rows(
 
 
 def loss_counter(store: TokenStore) -> Any:
-    """`count_loss` of `build_rows` for a store; None where every token but a piece's first counts."""
+    """`count_loss` of `build_rows` for a store; None where all tokens but a piece's first count."""
     if store.kind == "text":
         return None
 

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def run(megabytes: int, documents: int, processes: int, progress: Progress) -> R
     load = OtherLoad()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        report = {
+        report: Report = {
             "tokenise": _tokenise(folder, megabytes, processes, progress),
             "rows": [
                 _rows(folder, documents, method, progress) for method in ("best_fit", "concat")
@@ -121,13 +122,13 @@ def _tokenise(folder: Path, megabytes: int, processes: int, progress: Progress) 
 
 def _make_text(path: Path, size: int) -> int:
     """JSON lines of the standard library's source, files in turn, cut at random lengths."""
-    from lit_sparse.data.sources import stdlib_texts
-
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text(errors="replace") for path in sorted(library.glob("*.py"))]
     rng = np.random.default_rng(SEED)
     written = documents = 0
     with path.open("w") as file:
         while written < size:
-            for text in stdlib_texts():
+            for text in texts:
                 at = 0
                 while at < len(text) and written < size:
                     piece = text[at : at + int(rng.lognormal(8.0, 1.2)) + 1]
@@ -197,7 +198,8 @@ def _do_bare(task: Report) -> Report:
 
 
 def _do_rows(task: Report) -> Report:
-    from lit_sparse.data.rows import Demand, RowIndex, build_rows
+    from lit_sparse.data.epochs import Demand
+    from lit_sparse.data.rows import RowIndex, build_rows
 
     lengths = np.random.default_rng(SEED).lognormal(6.0, 1.4, task["documents"])
     lengths = np.clip(lengths, 1, 1_000_000).astype(np.int64)
@@ -214,14 +216,14 @@ def _do_rows(task: Report) -> Report:
         seed=SEED,
     )
     seconds = time.perf_counter() - begin
-    (stage,) = RowIndex.open(task["out"]).summary
+    (stage,) = RowIndex.open(task["out"]).summary["stages"]
     return {
         "seconds": seconds,
         "tokens": tokens,
         "rows": rows,
         "row_tokens": row_tokens,
-        "cut": stage["cut_that_fit"],
-        "filler": stage["filler"],
+        "cut": stage["documents_cut"],
+        "filler": stage["filler_tokens"] / (rows * row_tokens),
     }
 
 

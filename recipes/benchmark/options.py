@@ -127,7 +127,9 @@ def data_parser() -> _Parser:
     add(
         "--processes",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         help="processes that tokenise (default: %(default)s)",
     )
     return parser
