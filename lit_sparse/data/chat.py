@@ -150,7 +150,7 @@ class ChatEncoder:
             elif message.get("tool_calls"):
                 written = self._end_of_calls(text, written, marked[: k + 1], tools)
             if not self._closing.sub("", text[start:written]).strip():
-                raise ValueError("the chat template leaves out tool calls")
+                raise ValueError("the chat template leaves an assistant turn empty")
             spans.append((start, written))
         return spans
 

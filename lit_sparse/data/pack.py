@@ -121,7 +121,7 @@ def _plan(sources: Sequence[Input], tokenizer: Tokenizer, reading: Reading) -> d
 def _difference(made: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     """What tells two plans apart, in words."""
     differing = [key for key in plan if made.get(key) != plan[key] and key != "inputs"]
-    parts = [f"{key} {made.get(key)!r}, not {plan[key]!r}" for key in differing]
+    parts = [f"{key} {str(made.get(key))[:16]}, not {str(plan[key])[:16]}" for key in differing]
     before, now = made.get("inputs", []), plan["inputs"]
     if [entry["path"] for entry in before] != [entry["path"] for entry in now]:
         parts.append("INPUT " + ", ".join(entry["path"] for entry in before))

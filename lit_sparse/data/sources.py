@@ -147,14 +147,14 @@ class Input:
 
 
 def inputs_fingerprint(
-    inputs: Sequence[str | Path], field: str = "text", split: str | None = None
+    inputs: Sequence[str | Path], split: str | None = None
 ) -> list[dict[str, Any]]:
     """Identity of inputs by the paths, sizes and times of change of their files; cheap.
 
     Raises:
         ValueError: an input does not exist or is a token store.
     """
-    return [Input(path, Reading(field, split=split)).fingerprint() for path in inputs]
+    return [Input(path, Reading(split=split)).fingerprint() for path in inputs]
 
 
 def _entry(path: Path, name: str) -> Entry:

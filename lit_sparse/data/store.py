@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_sparse.data.describe import describe
 from lit_sparse.data.manifest import (
     BATCHES,
     COUNTS,
@@ -198,6 +199,10 @@ class TokenStore:
         elif held_out.all():
             held_out[max(farthest)[1]] = False
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def describe(self) -> str:
+        """Facts and a histogram of the documents' lengths, as aligned text."""
+        return describe(self)
 
     def verify(self) -> None:
         """Read every file and compare its checksum.
