@@ -102,7 +102,9 @@ def rule_parameters(rope: Mapping[str, Any], length: int, origin: RopeOrigin) ->
       ln(C / 2 pi)). The dimensions whose period is at most C, those that training has seen turn
       once in full, are the first d * ln(C / 2 pi) / ln(theta) (the critical dimension of arXiv
       2310.05209); this is the base at which the same ones turn once within `length`. Equal to
-      theta * s ** (d / critical dimension). `theta` sets the base instead.
+      theta * s ** (d / critical dimension). It gives 1.9e5 for Llama 2 at 32k, where the paper
+      trained with 5e5, and 2.2e7 for Llama 3 at 64k, where ProLong (arXiv 2410.02660) took 8e6:
+      `theta` sets the base instead.
     - `ntk`: theta' = theta * s ** (d / (d - 2)): the lowest frequency falls by s, the highest
       stays. It raises theta less than `abf` and suits little training.
     - `linear`, position interpolation (arXiv 2306.15595): factor s.
