@@ -1,5 +1,6 @@
 """Checkpoints and seeds in a plain Trainer, without the command line."""
 
+import itertools
 import os
 import signal
 
@@ -21,7 +22,8 @@ class Dropped(LightningModule):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(64, 1)
-        torch.nn.init.zeros_(self.layer.weight)
+        for parameter in self.layer.parameters():
+            torch.nn.init.zeros_(parameter)
         self.dropout = torch.nn.Dropout(0.5)
 
     def training_step(self, batch, batch_idx):
@@ -82,9 +84,7 @@ def test_the_newest_are_kept_and_lie_between_steps(tmp_path):
 
 
 def test_seeds_differ_by_step_micro_batch_and_rank():
-    seeds = {
-        seed_of(0, step, micro, rank) for step in range(9) for micro in (0, 1) for rank in (0, 1)
-    }
+    seeds = {seed_of(0, *place) for place in itertools.product(range(9), range(2), range(2))}
     assert len(seeds) == 36
     assert seed_of(0, 1, 0, 0) == seed_of(0, 1, 0, 0) != seed_of(1, 1, 0, 0)
 

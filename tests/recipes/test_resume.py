@@ -273,7 +273,7 @@ def test_a_changed_config_is_shown_and_refused_where_it_matters(command, home):
 @pytest.mark.slow
 def test_with_two_ranks_in_fresh_processes(home):
     """The console script under DDP: killed, told to stop, and continued."""
-    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.validation_rows", "2"]
 
     def start(arguments):
         command = [sys.executable, "-m", "lit_sparse", *arguments, *ranks]
