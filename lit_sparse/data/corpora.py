@@ -114,7 +114,8 @@ def _packed(path: str, tokenizer: Tokenizer, field: str, cache: str | Path | Non
     try:
         key = {
             "version": _VERSION,
-            "inputs": inputs_fingerprint([source], field=field),
+            "inputs": inputs_fingerprint([source]),
+            "field": field,
             "tokenizer": tokenizer.fingerprint,
         }
         folder = cached(
