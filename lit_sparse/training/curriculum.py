@@ -178,7 +178,8 @@ def _check(stage: Stage, where: str) -> None:
         weights = list(stage.mixture.values())
         weighs = all(0 <= weight < math.inf for weight in weights) and any(weights)
         require(weighs, "mixture", "weights >= 0 that are not all 0")
-    if stage.rope is not None and "rule" in stage.rope:
+    require(stage.rope is None or bool(stage.rope), "rope", "parameters, a rule or null")
+    if stage.rope and "rule" in stage.rope:
         try:
             check_rule(stage.rope)
         except ValueError as error:

@@ -58,6 +58,7 @@ def test_the_learning_rate_is_that_of_the_stage_or_of_the_run():
         ([Stage(64, 1, mixture={})], r"curriculum.stages\[0\].mixture must be weights"),
         ([Stage(64, 1, mixture={"a": 0.0})], r"stages\[0\].mixture .* not all 0, got {'a': 0.0}"),
         ([Stage(64, 1, mixture={"a": 2, "b": -1})], r"stages\[0\].mixture .* >= 0"),
+        ([Stage(64, 1, rope={})], r"stages\[0\].rope must be parameters, a rule or null"),
         ([Stage(64, 1, rope={"rule": "alibi"})], r"stages\[0\].rope: no rule 'alibi'"),
         (
             [Stage(128, 1), Stage(64, 1)],
