@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -165,6 +166,13 @@ class PackedTextDataModule(LightningDataModule):
         """The stores by the names that `path` gives them; packed now if they are not yet."""
         return open_stores(self.path, self.text_tokenizer, self.text_field, self.cache_dir)
 
+    @property
+    def store_names(self) -> list[str]:
+        """A short name of each store, for logs: the last part of its path where that tells it."""
+        short = {path: Path(path).name or path for path in self.stores}
+        names = list(short.values())
+        return [name if names.count(name) == 1 else path for path, name in short.items()]
+
     @cached_property
     def validation_documents(self) -> list[Documents]:
         """Of each store, the documents that are kept for validation."""
@@ -200,13 +208,17 @@ class PackedTextDataModule(LightningDataModule):
         return unigram_bits(self.validation_text.store, self.validation_text.numbers)
 
     @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the text / its tokens (document ends not counted); 1.0 for bytes."""
-        return self.validation_text.store.bytes_per_token
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of the text / its tokens (document ends not counted); 1.0 for bytes. None
+        unless the data is one store of text: bits per byte of a mixture would mean nothing.
+        """
+        store = self.validation_text.store
+        return store.bytes_per_token if len(self.stores) == 1 and store.kind == "text" else None
 
     @property
-    def unigram_bits_per_byte(self) -> float:
-        return self.unigram_bits / self.bytes_per_token
+    def unigram_bits_per_byte(self) -> float | None:
+        """None where `bytes_per_token` is."""
+        return self.unigram_bits / self.bytes_per_token if self.bytes_per_token else None
 
     def describe(self) -> str:
         """What was read, and how much of each stage is as long as the stage asks for."""
@@ -218,7 +230,7 @@ class PackedTextDataModule(LightningDataModule):
                 f"validation, {store.tokens:,} tokens, {store.manifest.skipped}"
             )
         if self._run is not None:
-            lines += self._run.describe(list(self.stores), self._curriculum())
+            lines += self._run.describe(self.store_names, self._curriculum())
         return "\n".join(lines)
 
     # -- Lightning --

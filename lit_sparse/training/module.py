@@ -79,6 +79,10 @@ class SparseLM(LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
+    @property
+    def _store_names(self) -> list[str]:
+        return getattr(self._datamodule, "store_names", [])
+
     def token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of loss tokens of one packed row."""
         hidden = self.model.base_model(
@@ -110,21 +114,30 @@ class SparseLM(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total, count = self.token_loss(batch)
-        self._validation += torch.stack([total.double(), count.double()]).to(self._validation)
+        # One line for each store of a mixture; batches of others' data modules are of one.
+        source = int(batch["source"]) if "source" in batch else 0
+        self._validation[source] += torch.stack([total.double(), count.double()])
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+        stores = max(1, len(self._store_names))
+        self._validation = torch.zeros(stores, 2, dtype=torch.float64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         # By tokens over all rows and ranks: a mean of row means would favour rows of many short
         # pieces.
-        total, count = cast(Tensor, self.all_gather(self._validation)).view(-1, 2).sum(0)
+        sums = (
+            cast(Tensor, self.all_gather(self._validation)).view(-1, *self._validation.shape).sum(0)
+        )
+        total, count = sums.sum(0)
         loss = (total / count.clamp(min=1)).float()
         self.log("val/loss", loss)
         length = getattr(self._datamodule, "validation_length", None)
         if length is not None:
             # val/loss jumps where a stage starts: a curve of one length compares with itself.
             self.log(f"val_by_length/{length}", loss)
+        if len(sums) > 1:
+            for name, (store_total, store_count) in zip(self._store_names, sums, strict=True):
+                self.log(f"val_by_store/{name}", (store_total / store_count.clamp(min=1)).float())
         bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
         if bytes_per_token is not None:
             self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))

@@ -81,7 +81,7 @@ def test_upsampled_documents_come_more_often(sources, tmp_path):
     (tmp_path / "both.jsonl").write_text("\n".join(lines))
 
     def share(**others) -> float:
-        data = module(str(tmp_path / "both.jsonl"), [Stage(256, 100)], prefer_long=False, **others)
+        data = module(str(tmp_path / "both.jsonl"), [Stage(128, 100)], prefer_long=False, **others)
         ids = torch.cat([batch["input_ids"] for batch in data.train_dataloader()])
         return float((ids == ord("l")).sum() / (ids == ord("s")).sum())
 
