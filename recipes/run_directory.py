@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
 from lit_sparse.recipes.changes import changes
 from lit_sparse.training.checkpoint import (
@@ -154,7 +154,7 @@ class Run:
             if None not in (old, new) and old != new:
                 harmful.append(f"{what}: {old} -> {new}")
         if harmless:
-            print("\n  ".join(["changed, and taken over:", *harmless]), flush=True)
+            _say("\n  ".join(["changed, and taken over:", *harmless]))
         if harmful and not self.allow_changes:
             raise ValueError(
                 "\n  ".join(
@@ -166,7 +166,7 @@ class Run:
                 )
             )
         if harmful:
-            print("\n  ".join(["changed, no exact continuation:", *harmful]), flush=True)
+            _say("\n  ".join(["changed, no exact continuation:", *harmful]))
 
     def rewind_to(self, checkpoint: Path) -> None:
         """Leave nothing in the directory that the run did after the checkpoint."""
@@ -200,3 +200,8 @@ class Run:
             [str(change) for change in found if not change.harmless],
             [str(change) for change in found if change.harmless and change.key != "ckpt_path"],
         )
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -52,7 +52,6 @@ CONFIG = {
         "block": 16,
         "tile": 16,
     },
-    "curriculum": {"stages": STAGES, "validate_every": 12},
     "checkpoint": {"every_n_steps": 3},
     "data": {
         "path": "corpus",
@@ -84,19 +83,24 @@ def command():
 @pytest.fixture(scope="module")
 def home(command, tmp_path_factory):
     """A directory with a corpus, two configs, and under runs/ a run of each that nothing happened
-    to: "whole" has all monitors, "lean" draws no figures, which take most of the time.
+    to: "whole" has all monitors; "lean" draws no figures, which take most of the time, and
+    validates inside stages too.
     """
     directory = tmp_path_factory.mktemp("resume")
     (directory / "corpus").mkdir()
     for i in range(12):
         lines = [f"def value_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
         (directory / "corpus" / f"{i:02d}.py").write_text("".join(lines))
-    for name, monitors in (("whole", MONITORS), ("lean", {"StageReport": {}})):
+    for name, monitors, every in (("whole", MONITORS, None), ("lean", {"StageReport": {}}, 5)):
         callbacks = [
             {"class_path": f"lit_sparse.callbacks.{monitor}", "init_args": keys}
             for monitor, keys in monitors.items()
         ]
-        config = {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": callbacks}}
+        config = {
+            **CONFIG,
+            "curriculum": {"stages": STAGES, "validate_every": every},
+            "trainer": {**CONFIG["trainer"], "callbacks": callbacks},
+        }
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
         assert command.run(fit(name, name), directory) == 0, log(directory)
     return directory
