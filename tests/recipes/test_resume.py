@@ -2,14 +2,17 @@
 signals.
 """
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -298,3 +301,32 @@ def test_with_two_ranks_in_fresh_processes(home):
     assert second.wait() == 128 + signal.SIGTERM
     assert start(resume("whole", "ranks_killed")).wait() == 0, log(home)
     assert_same_run(run, home / "runs" / "ranks")
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_one_curve(command, home):
+    """TensorBoard itself, with its own data server, on a run that was killed and continued."""
+    board = home / "board"
+    name = ["--run.root", str(board)]
+    pid = command.start(fit("lean", "killed", *name), home)
+    wait_for_step(board / "killed", 9)
+    os.kill(pid, signal.SIGKILL)
+    command.wait()
+    assert command.run(resume("lean", "killed", *name), home) == 0, log(home)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", f"--logdir={board}", f"--port={port}"]
+    )
+    url = f"http://localhost:{port}/data/plugin/scalars/scalars?tag=train/loss&run=killed"
+    try:
+        end, curve = time.monotonic() + 60, []
+        while len(curve) < 12 and time.monotonic() < end:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+                curve = json.load(answer)
+    finally:
+        server.terminate()
+        server.wait()
+    assert [x for _, x, _ in curve] == list(range(1, 24, 2))
