@@ -107,8 +107,10 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
         if signal:
             rank_zero_info(
-                f"stopped after {trainer.global_step} steps, {self._saved} of them saved in "
-                f"{self._directory}; go on with the same command and --ckpt_path last"
+                f"stopped after {trainer.global_step} optimizer steps, saved in {self._directory}; "
+                "go on with the same command and --ckpt_path last"
+                if trainer.global_step
+                else "stopped before the first optimizer step; there is nothing to go on from"
             )
             self._stop.requeue(trainer, signal)
             raise SIGTERMException(128 + signal)

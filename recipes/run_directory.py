@@ -18,7 +18,7 @@ from lit_sparse.training.checkpoint import (
     checkpoints,
     damage,
     newest_whole,
-    read_checkpoint,
+    own_state,
     rewind_events,
 )
 
@@ -139,7 +139,7 @@ class Run:
                 f"ckpt_path: {checkpoint} is not the newest checkpoint of {self.path} ({names}); "
                 "continue with --ckpt_path last, or give up what came after with --run.rewind true"
             )
-        state = read_checkpoint(checkpoint).get("lit_sparse")
+        state = own_state(checkpoint)
         if state is None:
             rank_zero_warn(
                 f"{checkpoint} was not written by lit-sparse between two steps: what follows may "
@@ -175,9 +175,9 @@ class Run:
             abandoned.mkdir(exist_ok=True)
             path.replace(abandoned / path.name)
         if self._holds(checkpoint):
-            events = read_checkpoint(checkpoint).get("lit_sparse", {}).get("events")
-            if events is not None:
-                rewind_events(self.path, events)
+            state = own_state(checkpoint)
+            if state is not None:
+                rewind_events(self.path, state["events"])
 
     def _holds(self, checkpoint: Path) -> bool:
         return checkpoint.resolve().parent == self.checkpoints.resolve()
