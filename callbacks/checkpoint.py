@@ -35,7 +35,8 @@ class RunCheckpoint(Checkpoint):
 
     The moment is the start of the next step, before any other callback acts on it: the step before
     is complete with its validation and its metrics are in the event files. Files are
-    `step=N.ckpt` after N steps, and appear whole or not at all.
+    `step=N.ckpt` after N steps, and appear whole or not at all. The run is one epoch of the
+    trainer, as with `PackedTextDataModule`; `StepSeed` makes its randomness a function of the step.
 
     Besides what Lightning saves, the checkpoint holds, under "lit_sparse": the last value of each
     logged metric, the sizes of the event files, the number of ranks, and the `fingerprint` of the
@@ -106,15 +107,16 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
         if signal:
             rank_zero_info(
-                f"stopped after {trainer.global_step} steps, {self._saved} of them saved in "
-                f"{self._directory}; go on with the same command and --ckpt_path last"
+                f"stopped after {trainer.global_step} optimizer steps, saved in {self._directory}; "
+                "go on with the same command and --ckpt_path last"
+                if trainer.global_step
+                else "stopped before the first optimizer step; there is nothing to go on from"
             )
             self._stop.requeue(trainer, signal)
             raise SIGTERMException(128 + signal)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if batches % trainer.accumulate_grad_batches == 0:
+        if not trainer.fit_loop._should_accumulate():  # stopped in the middle of a step otherwise
             self._save(trainer)
         self._stop.restore()
 
@@ -147,7 +149,8 @@ class RunCheckpoint(Checkpoint):
             logger.save()
         self._saving = True
         try:
-            trainer.save_checkpoint(self._directory / checkpoint_name(trainer.global_step))
+            path = self._directory / checkpoint_name(trainer.global_step)
+            trainer.save_checkpoint(path, weights_only=False)
         finally:
             self._saving = False
         self._saved = trainer.global_step

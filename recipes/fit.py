@@ -34,7 +34,6 @@ class SparseCLI(LightningCLI):
             PackedTextDataModule,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": StepSeed()},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"prog": "lit-sparse"},
@@ -89,7 +88,10 @@ class SparseCLI(LightningCLI):
                 self.run.root, name=self.run.name, version="", default_hp_metric=False
             )
             kwargs["logger"] = logger if self.subcommand == "fit" else False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        # Before the others, so that what they draw is a function of the step too.
+        trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
+        return trainer
 
     def before_fit(self) -> None:
         # After all keys were checked, before anything is written.

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
 from lit_sparse.recipes.changes import changes
 from lit_sparse.training.checkpoint import (
@@ -18,7 +18,7 @@ from lit_sparse.training.checkpoint import (
     checkpoints,
     damage,
     newest_whole,
-    read_checkpoint,
+    own_state,
     rewind_events,
 )
 
@@ -139,7 +139,7 @@ class Run:
                 f"ckpt_path: {checkpoint} is not the newest checkpoint of {self.path} ({names}); "
                 "continue with --ckpt_path last, or give up what came after with --run.rewind true"
             )
-        state = read_checkpoint(checkpoint).get("lit_sparse")
+        state = own_state(checkpoint)
         if state is None:
             rank_zero_warn(
                 f"{checkpoint} was not written by lit-sparse between two steps: what follows may "
@@ -154,7 +154,7 @@ class Run:
             if None not in (old, new) and old != new:
                 harmful.append(f"{what}: {old} -> {new}")
         if harmless:
-            print("\n  ".join(["changed, and taken over:", *harmless]), flush=True)
+            _say("\n  ".join(["changed, and taken over:", *harmless]))
         if harmful and not self.allow_changes:
             raise ValueError(
                 "\n  ".join(
@@ -166,7 +166,7 @@ class Run:
                 )
             )
         if harmful:
-            print("\n  ".join(["changed, no exact continuation:", *harmful]), flush=True)
+            _say("\n  ".join(["changed, no exact continuation:", *harmful]))
 
     def rewind_to(self, checkpoint: Path) -> None:
         """Leave nothing in the directory that the run did after the checkpoint."""
@@ -175,9 +175,9 @@ class Run:
             abandoned.mkdir(exist_ok=True)
             path.replace(abandoned / path.name)
         if self._holds(checkpoint):
-            events = read_checkpoint(checkpoint).get("lit_sparse", {}).get("events")
-            if events is not None:
-                rewind_events(self.path, events)
+            state = own_state(checkpoint)
+            if state is not None:
+                rewind_events(self.path, state["events"])
 
     def _holds(self, checkpoint: Path) -> bool:
         return checkpoint.resolve().parent == self.checkpoints.resolve()
@@ -200,3 +200,8 @@ class Run:
             [str(change) for change in found if not change.harmless],
             [str(change) for change in found if change.harmless and change.key != "ckpt_path"],
         )
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

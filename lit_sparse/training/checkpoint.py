@@ -63,9 +63,13 @@ def newest_whole(directory: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, its tensors read from the file when they are used."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=path.is_file())
+def own_state(path: Path) -> dict[str, Any] | None:
+    """What `RunCheckpoint` adds to a checkpoint; None in one that somebody else wrote, or that is
+    a directory. Tensors stay in the file.
+    """
+    if path.is_dir():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("lit_sparse")
 
 
 def remove_unfinished(directory: Path) -> None:

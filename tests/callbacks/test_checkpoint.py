@@ -27,7 +27,12 @@ class Dropped(LightningModule):
         self.dropout = torch.nn.Dropout(0.5)
 
     def training_step(self, batch, batch_idx):
-        return self.layer(self.dropout(batch)).sum() + torch.rand(()) * self.layer.bias.sum()
+        noise = torch.rand(())
+        self.log("noise", noise, on_step=True, on_epoch=True)
+        self.log("largest", noise, on_step=False, on_epoch=True, reduce_fx="max")
+        if batch_idx == 1:
+            self.log("seldom", noise)
+        return self.layer(self.dropout(batch)).sum() + noise * self.layer.bias.sum()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.1)
@@ -55,20 +60,22 @@ def _train(directory, *callbacks, checkpoint=None, keep=3):
     )
     model = Dropped()
     trainer.fit(model, DataLoader(torch.ones(32, 64), batch_size=2), ckpt_path=checkpoint)
-    return model
+    return model, trainer.callback_metrics
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("batch", [4, 5, 9])
-def test_dropout_goes_on_as_if_the_run_had_not_stopped(tmp_path, batch):
-    whole = _train(tmp_path / "whole")
+def test_dropout_and_metrics_go_on_as_if_the_run_had_not_stopped(tmp_path, batch):
+    whole, shown = _train(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="plug"):
         _train(tmp_path / "cut", Interrupt(batch))
     torch.manual_seed(batch)  # whatever happens between the two processes
     newest = checkpoints(tmp_path / "cut" / "checkpoints")[-1]
-    continued = _train(tmp_path / "cut", checkpoint=newest)
+    continued, shown_again = _train(tmp_path / "cut", checkpoint=newest)
     assert torch.equal(continued.layer.weight, whole.layer.weight)
     assert torch.equal(continued.layer.bias, whole.layer.bias)
+    assert set(shown) == {"noise", "noise_step", "noise_epoch", "largest", "seldom"}
+    assert shown_again == shown  # means and maxima over the whole epoch too
 
 
 @pytest.mark.filterwarnings("ignore")

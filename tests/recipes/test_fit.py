@@ -93,18 +93,6 @@ def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys):
     assert "val/bits_per_byte" in capsys.readouterr().out
 
 
-def test_a_run_cut_short_goes_on_from_its_last_checkpoint(config, tmp_path):
-    assert main(["fit", "--config", config, "--run.name", "whole"]) == 0
-    run = tmp_path / "runs" / "cut"
-    (run / "checkpoints").mkdir(parents=True)
-    source = tmp_path / "runs" / "whole" / "checkpoints"
-    (run / "checkpoints" / "step=2.ckpt").write_bytes((source / "step=2.ckpt").read_bytes())
-    assert main(["fit", "--config", config, "--run.name", "cut", "--ckpt_path", "last"]) == 0
-    ours = _weights(run / "checkpoints" / "step=4.ckpt")
-    theirs = _weights(source / "step=4.ckpt")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 def test_configs_merge_and_keys_override(config, tmp_path, capsys):
     other = tmp_path / "more.yaml"
     other.write_text(yaml.safe_dump({"sparse_attention": {"budget": {"late": 0.2}}}))
@@ -147,6 +135,8 @@ BAD = [
     (["--trainer.max_steps", "9"], "trainer.max_steps = 9 goes past the end of the curriculum"),
     (["--ckpt_path", "last"], "ckpt_path: last, but"),
     (["--ckpt_path", "no.ckpt"], "ckpt_path: there is no checkpoint no.ckpt"),
+    (["--checkpoint.dirpath", "elsewhere"], "checkpoint.dirpath = elsewhere"),
+    (["--checkpoint.keep", "0"], "checkpoint.keep must be >= 1"),
     (["--run.root", "/proc/none"], "run.root: /proc/none"),
 ]
 

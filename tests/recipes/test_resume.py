@@ -2,14 +2,17 @@
 signals.
 """
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -52,7 +55,6 @@ CONFIG = {
         "block": 16,
         "tile": 16,
     },
-    "curriculum": {"stages": STAGES, "validate_every": 12},
     "checkpoint": {"every_n_steps": 3},
     "data": {
         "path": "corpus",
@@ -84,19 +86,24 @@ def command():
 @pytest.fixture(scope="module")
 def home(command, tmp_path_factory):
     """A directory with a corpus, two configs, and under runs/ a run of each that nothing happened
-    to: "whole" has all monitors, "lean" draws no figures, which take most of the time.
+    to: "whole" has all monitors; "lean" draws no figures, which take most of the time, and
+    validates inside stages too.
     """
     directory = tmp_path_factory.mktemp("resume")
     (directory / "corpus").mkdir()
     for i in range(12):
         lines = [f"def value_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
         (directory / "corpus" / f"{i:02d}.py").write_text("".join(lines))
-    for name, monitors in (("whole", MONITORS), ("lean", {"StageReport": {}})):
+    for name, monitors, every in (("whole", MONITORS, None), ("lean", {"StageReport": {}}, 5)):
         callbacks = [
             {"class_path": f"lit_sparse.callbacks.{monitor}", "init_args": keys}
             for monitor, keys in monitors.items()
         ]
-        config = {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": callbacks}}
+        config = {
+            **CONFIG,
+            "curriculum": {"stages": STAGES, "validate_every": every},
+            "trainer": {**CONFIG["trainer"], "callbacks": callbacks},
+        }
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
         assert command.run(fit(name, name), directory) == 0, log(directory)
     return directory
@@ -294,3 +301,32 @@ def test_with_two_ranks_in_fresh_processes(home):
     assert second.wait() == 128 + signal.SIGTERM
     assert start(resume("whole", "ranks_killed")).wait() == 0, log(home)
     assert_same_run(run, home / "runs" / "ranks")
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_one_curve(command, home):
+    """TensorBoard itself, with its own data server, on a run that was killed and continued."""
+    board = home / "board"
+    name = ["--run.root", str(board)]
+    pid = command.start(fit("lean", "killed", *name), home)
+    wait_for_step(board / "killed", 9)
+    os.kill(pid, signal.SIGKILL)
+    command.wait()
+    assert command.run(resume("lean", "killed", *name), home) == 0, log(home)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", f"--logdir={board}", f"--port={port}"]
+    )
+    url = f"http://localhost:{port}/data/plugin/scalars/scalars?tag=train/loss&run=killed"
+    try:
+        end, curve = time.monotonic() + 60, []
+        while len(curve) < 12 and time.monotonic() < end:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+                curve = json.load(answer)
+    finally:
+        server.terminate()
+        server.wait()
+    assert [x for _, x, _ in curve] == list(range(1, 24, 2))
