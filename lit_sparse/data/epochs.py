@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -93,7 +93,8 @@ class Supply:
     the stages that this epoch will still serve choose from what is left of it, the longest first:
     documents at least as long as the stage's pieces, in shuffled order, until it has its tokens,
     and if there are not enough, the longest of the rest. They choose again whenever a stage begins,
-    since a packing that leaves room takes fewer tokens than its rows could hold.
+    since a packing that leaves room takes fewer tokens than its rows could hold. With `truncate`
+    the stage at work takes what longer ones leave as it comes: it would lose the ends of the rest.
 
     Args:
         lengths: tokens of each document of the store.
@@ -131,19 +132,20 @@ class Supply:
         self._total = 0
         self.nothing = self._runs(self.documents[:0])
         """No runs, in columns of this supply's types."""
-        self._rest, self._mine, self._at = self.nothing, self.nothing, 0
+        # What is left of the epoch, in order; the numbers therein of what the current stage reads,
+        # and how many of these it has read.
+        self._left, self._mine, self._at = self.nothing, self.nothing.documents, 0
         self._stage, self._grain = 0, 1
 
     @property
     def empty(self) -> bool:
         """Whether the epoch is used up."""
-        return self._at == len(self._mine) and not len(self._rest)
+        return self._at == len(self._left)
 
     @property
     def epochs(self) -> float:
-        """Epochs that were handed out so far."""
-        left = self._mine[self._at :].tokens + self._rest.tokens
-        return self.epoch + 1 - left / max(self._total, 1)
+        """Epochs that were used up when the last stage ended."""
+        return self.epoch + 1 - self._left.tokens / max(self._total, 1)
 
     def begin_epoch(self) -> None:
         """Shuffle the documents anew; the epoch before must be used up."""
@@ -155,8 +157,8 @@ class Supply:
             extra = np.floor(times - 1 + rng.random(len(order))).astype(np.int64)
             extra[self.lengths[order] < longer_than] = 0
             order = rng.permutation(np.repeat(order, extra + 1)) if extra.any() else order
-        self._rest = self._runs(order)
-        self._total = self._rest.tokens
+        self._left, self._mine, self._at = self._runs(order), self.nothing.documents, 0
+        self._total = self._left.tokens
 
     def begin_stage(self, stage: int, grain: int) -> None:
         """From here on runs go to `stage`, divided at multiples of `grain` tokens only."""
@@ -171,36 +173,35 @@ class Supply:
         """
         if self._at == len(self._mine):
             self._choose(ahead)
-        mine = self._mine[self._at : self._at + most]
-        counted = mine.lengths.astype(np.int64)
+        numbers = self._mine[self._at : self._at + most]
+        mine = self._left[numbers]
         if self.truncate:
-            counted = np.minimum(counted, self.demand[self._stage].length)
-        ends = np.cumsum(counted)
+            length = self.demand[self._stage].length
+            mine = replace(mine, lengths=np.minimum(mine.lengths, self.dtype.type(length)))
+        ends = np.cumsum(mine.lengths, dtype=np.int64)
         last = int(np.searchsorted(ends, tokens))
-        if last >= len(mine):
-            self._at += len(mine)
+        if last == len(mine):
+            self._at += last
             return mine
-        part = tokens - int(ends[last] - counted[last])
+        runs, whole = mine[: last + 1], int(mine.lengths[last])
+        part = tokens - (int(ends[last]) - whole)
         part = -(-part // self._grain) * self._grain
-        runs = mine[: last + 1]
-        if self.truncate or part >= counted[last]:
+        if self.truncate or part >= whole:
             self._at += last + 1
-            return runs
-        # What goes out is a view of what stays: only the columns that change are copied.
-        runs = Runs(runs.documents, runs.starts.copy(), runs.lengths.copy(), runs.late)
-        self._at += last
-        runs.lengths[last] = part
-        self._mine.starts[self._at] += self.dtype.type(part)
-        self._mine.lengths[self._at] -= self.dtype.type(part)
+        else:
+            self._at += last
+            runs.lengths[last] = part
+            self._left.starts[numbers[last]] += self.dtype.type(part)
+            self._left.lengths[numbers[last]] -= self.dtype.type(part)
         return runs
 
     def give_back(self, runs: Runs) -> None:
         """End a stage: what it drew and did not use, and what it did not draw, is for others."""
         runs = runs.merged()
         if self.truncate:
-            runs = Runs(runs.documents, runs.starts, self._lengths(runs.documents), runs.late)
-        self._rest = Runs.join(runs, self._mine[self._at :], self._rest)
-        self._mine, self._at = self.nothing, 0
+            runs = replace(runs, lengths=self._lengths(runs.documents))
+        self._forget()
+        self._left = Runs.join(runs, self._left)
 
     def _runs(self, documents: np.ndarray) -> Runs:
         starts = np.zeros(len(documents), self.dtype)
@@ -212,35 +213,40 @@ class Supply:
 
     def _choose(self, ahead: int) -> None:
         """Set apart what the current stage reads next: `ahead` tokens or more, if they are left."""
-        runs, self._at = self._rest, 0
-        taken = np.ones(len(runs), bool)
+        self._forget()
+        runs = self._left
+        free = np.ones(len(runs), bool)
         if self.prefer_long:
             quotas, left = {self._stage: ahead}, runs.tokens - ahead
             for i in range(self._stage + 1, len(self.demand)):
                 quotas[i] = max(0, min(self.demand[i].rows * self.row_tokens, left))
                 left -= quotas[i]
-            free = taken.copy()
-            for i in sorted(quotas, key=lambda i: (-self.demand[i].length, i)):
-                cover = i == self._stage
-                chosen = self._longest(runs.lengths, free, self.demand[i].length, quotas[i], cover)
-                if cover:
-                    break
-                free[chosen] = False
-            if len(chosen):
-                taken[:] = False
-                taken[chosen] = True
-        if taken.all():
-            self._mine, self._rest = runs, self.nothing
-        else:
-            self._mine, self._rest = runs[taken], runs[~taken]
+            by_length = sorted(quotas, key=lambda i: (-self.demand[i].length, i))
+            for i in by_length[: by_length.index(self._stage)]:
+                free[self._longest(runs.lengths, free, i, quotas[i])] = False
+            if not self.truncate:
+                chosen = self._longest(runs.lengths, free, self._stage, ahead)
+                free = np.zeros(len(runs), bool)
+                free[chosen] = True
+        if not free.any():
+            free[:] = True
+        self._mine = np.flatnonzero(free).astype(self.dtype)
 
-    def _longest(
-        self, lengths: np.ndarray, free: np.ndarray, length: int, quota: int, cover: bool
-    ) -> np.ndarray:
+    def _forget(self) -> None:
+        """Drop the runs that were handed out."""
+        if self._at:
+            left = np.ones(len(self._left), bool)
+            left[self._mine[: self._at]] = False
+            self._left = self._left[left]
+        self._mine, self._at = self.nothing.documents, 0
+
+    def _longest(self, lengths: np.ndarray, free: np.ndarray, stage: int, quota: int) -> np.ndarray:
         """Numbers of the free runs, long ones first, that make up `quota` tokens.
 
-        `cover` says whether the run that crosses the quota is among them.
+        The run that crosses the quota goes to the current stage, but not to a later one: that one
+        takes what it misses when it begins.
         """
+        length, cover = self.demand[stage].length, stage == self._stage
         long = np.flatnonzero(free & (lengths >= length))
         if self.truncate:
             ends = np.arange(1, len(long) + 1) * length

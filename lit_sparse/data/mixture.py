@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from heapq import heappop, heappush
 
 import numpy as np
 
 BLOCK = 2**16
 """Rows whose candidates are lists of Python numbers at once."""
+
+
+_NO_SCHEDULE = "no even schedule of rows: do the weights of every stage sum to 1?"
 
 
 def check_weights(mapping: Mapping[str, float], where: str) -> dict[str, float]:
@@ -36,15 +42,18 @@ def check_weights(mapping: Mapping[str, float], where: str) -> dict[str, float]:
 
 
 def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The store of every row, as even as it can be.
+    """The store of every row, so even that no store is ever a row away from its share.
 
     After every row, the rows of each store differ from the sum of its weights so far by less than
-    one, through changes of the weights too; a store without weight gets no row.
+    one, through changes of the weights too; a store without weight in a stage gets no row there.
 
-    The j-th row of a store (from 0) may come once the target has passed j + d, and must have come
-    when it passes j + 1 - d; of the rows that may come, the one with the first deadline does. With
-    any d <= 1 / (2k - 2) for k stores such a schedule exists: R. Tijdeman, "The chairman assignment
-    problem", Discrete Mathematics 32 (1980), 323-330.
+    The j-th turn of a store (from 0) may come when the sum of its weights has passed j + d, and
+    must have come when it reaches j + 1 - d; of the turns that may come, the one with the first
+    deadline does. With any d <= 1 / (2k - 2) for k stores such a schedule exists (R. Tijdeman, "The
+    chairman assignment problem", Discrete Mathematics 32 (1980), 323-330), and the first deadline
+    finds it, as turns and rows are unit jobs with release times. Where weights are zero in some
+    stages only, a turn may have to wait for a later stage; then d is next to 0, and turns taken
+    before make room along an alternating path where the first deadline alone would fail.
 
     Args:
         weights: share of each store in each stage [stages, stores]; every stage sums to 1.
@@ -54,55 +63,148 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
         uint16 [rows of all stages].
     """
     weights, rows = np.asarray(weights, dtype=np.float64), np.asarray(rows, dtype=np.int64)
-    stages, stores = weights.shape
     ends = np.concatenate([[0], np.cumsum(rows)])
-    if stores == 1:
+    if weights.shape[1] == 1:
         return np.zeros(ends[-1], dtype=np.uint16)
-    released, key = _windows(weights, ends)
-    arrivals = np.bincount(released, minlength=ends[-1] + 1)
-    out = np.empty(ends[-1], dtype=np.uint16)
+    turns = _Turns(weights, ends)
+    order = np.argsort(turns.first, kind="stable")
+    arrivals = np.bincount(turns.first, minlength=ends[-1])
+    store_of, last = array("H", turns.store.tobytes()), array("q", turns.last.tobytes())
+    turn_of, row_of = turns.turn_of, turns.row_of
     ready: list[int] = []
-    taken = 0
-    for stage in range(stages):
-        without = {store for store in range(stores) if not weights[stage, store]}
+    begun = 0
+    for stage in range(len(weights)):
+        without = set(np.flatnonzero(weights[stage] <= 0).tolist())
         waiting: list[int] = []
-        for first in range(ends[stage], ends[stage + 1], BLOCK):
-            arriving = arrivals[first : min(first + BLOCK, ends[stage + 1])]
-            new = iter(key[taken : taken + int(arriving.sum())].tolist())
-            taken += int(arriving.sum())
-            chosen = []
-            for count in arriving.tolist():
+        for begin in range(ends[stage], ends[stage + 1], BLOCK):
+            arriving = arrivals[begin : min(begin + BLOCK, ends[stage + 1])]
+            new = iter(order[begun : begun + int(arriving.sum())].tolist())
+            begun += int(arriving.sum())
+            for row, count in enumerate(arriving.tolist(), begin):
                 for _ in range(count):
                     heappush(ready, next(new))
-                while without and ready and ready[0] % stores in without:
+                while without and ready and store_of[ready[0]] in without:
                     waiting.append(heappop(ready))
-                chosen.append(heappop(ready) % stores)
-            out[first : first + len(chosen)] = chosen
-        for row in waiting:
-            heappush(ready, row)
-    return out
+                if ready:
+                    turn_of[row] = turn = heappop(ready)
+                    row_of[turn] = row
+                else:
+                    waiting.remove(turns.fill(row))
+                while ready and last[ready[0]] <= row:
+                    heappush(ready, turns.squeeze_in(heappop(ready), row))
+        for turn in waiting:
+            heappush(ready, turn)
+    return turns.store[np.frombuffer(turns.turn_of, dtype=np.int64)]
 
 
-def _windows(weights: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """When each row of each store may come, and `deadline * stores + store`; by the former."""
-    stages, stores = weights.shape
-    margin = 1 / (2 * stores)
-    released, key = [], []
-    for store in range(stores):
-        share = weights[:, store]
-        target = np.concatenate([[0], np.cumsum(share * np.diff(ends))])
-        steps = np.arange(math.ceil(target[-1] + 1))
-        at = []
-        for amounts in (steps + margin, steps + 1 - margin):
-            stage = np.minimum(np.searchsorted(target[1:], amounts), stages - 1)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                after = (amounts - target[stage]) / share[stage]
-            # Rounding must not move what a row reaches exactly into the next row.
-            row = ends[stage] + np.ceil(after - 1e-6) - 1
-            at.append(np.where(amounts <= target[-1], row, ends[-1]).astype(np.int64))
-        released.append(at[0])
-        key.append(at[1] * stores + store)
-    begin, order_key = np.concatenate(released), np.concatenate(key)
-    order = np.lexsort((order_key, begin))
-    order = order[: np.count_nonzero(begin < ends[-1])]
-    return begin[order], order_key[order]
+class _Turns:
+    """The turns of all stores, sorted by deadline, and which row has which of them.
+
+    Args:
+        weights: float64 [stages, stores].
+        ends: int64 [stages + 1], 0 and the first row after each stage.
+    """
+
+    def __init__(self, weights: np.ndarray, ends: np.ndarray) -> None:
+        stages, stores = weights.shape
+        self.weights, self.ends = weights, ends
+        # Without gaps any margin up to the theorem's will do. With gaps, what the margins cut away
+        # must stay under one row in all, and the rounding of the sums under the margin.
+        margin = 1 / (2 * stores) if (weights > 0).all() else 1e-8
+        columns = []
+        for number in range(stores):
+            share = weights[:, number]
+            target = np.concatenate([[0], np.cumsum(share * np.diff(ends))])
+            turn = np.arange(math.ceil(target[-1]))
+            window = []
+            for amounts in (turn + margin, turn + 1 - margin):
+                stage = np.minimum(np.searchsorted(target[1:], amounts), stages - 1)
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    after = (amounts - target[stage]) / share[stage]
+                row = ends[stage] + np.ceil(after) - 1
+                window.append(np.where(amounts <= target[-1], row, ends[-1]).astype(np.int64))
+            columns.append((*window, np.full(len(turn), number, dtype=np.uint16)))
+        first, last, store = (np.concatenate(column) for column in zip(*columns, strict=True))
+        order = np.argsort(last, kind="stable")
+        order = order[first[order] < ends[-1]]
+        self.first, self.last, self.store = first[order], last[order], store[order]
+        self.turn_of = array("q", bytes(8 * int(ends[-1])))
+        """Turn of each row."""
+        self.row_of = array("q", b"\xff" * (8 * len(order)))
+        """Row of each turn, -1: none yet."""
+
+    def take(self, turn: int, row: int) -> None:
+        self.turn_of[row] = turn
+        self.row_of[turn] = row
+
+    def fill(self, row: int) -> int:
+        """Give a turn to a row for which all that may come is taken; returns the turn used up.
+
+        The row takes over the turn of an earlier row, that row the turn of another, until one finds
+        a turn that is still free.
+        """
+        wanted_by: dict[int, int] = {}
+        rows = deque([row])
+        while rows:
+            wanting = rows.popleft()
+            for turn in self._turns_for(wanting):
+                if turn in wanted_by:
+                    continue
+                wanted_by[turn] = wanting
+                if self.row_of[turn] >= 0:
+                    rows.append(self.row_of[turn])
+                    continue
+                free = turn
+                while True:
+                    at = wanted_by[turn]
+                    handed_on = self.turn_of[at]
+                    self.take(turn, at)
+                    if at == row:
+                        return free
+                    turn = handed_on
+        raise ArithmeticError(_NO_SCHEDULE)
+
+    def squeeze_in(self, due: int, row: int) -> int:
+        """Find a row up to `row` for a turn that must have come by then; returns what it displaces.
+
+        The turn takes over the row of another, that turn the row of a third, until one can wait.
+        """
+        wanted_by: dict[int, int] = {}
+        turns = deque([due])
+        while turns:
+            wanting = turns.popleft()
+            for at in self._rows_for(wanting, row):
+                if at in wanted_by:
+                    continue
+                wanted_by[at] = wanting
+                held = self.turn_of[at]
+                if self.last[held] <= row:
+                    turns.append(held)
+                    continue
+                self.row_of[held] = -1
+                while True:
+                    turn = wanted_by[at]
+                    handed_on = self.row_of[turn]
+                    self.take(turn, at)
+                    if turn == due:
+                        return held
+                    at = handed_on
+        raise ArithmeticError(_NO_SCHEDULE)
+
+    @cached_property
+    def _by_store(self) -> list[np.ndarray]:
+        return [np.flatnonzero(self.store == store) for store in range(self.weights.shape[1])]
+
+    def _turns_for(self, row: int) -> Iterator[int]:
+        stage = np.searchsorted(self.ends, row, side="right") - 1
+        for store in np.flatnonzero(self.weights[stage]):
+            turns = self._by_store[store]
+            begin = np.searchsorted(self.last[turns], row)
+            end = np.searchsorted(self.first[turns], row, side="right")
+            yield from turns[begin:end].tolist()
+
+    def _rows_for(self, turn: int, row: int) -> Iterator[int]:
+        first, last = int(self.first[turn]), min(int(self.last[turn]), row)
+        for stage in np.flatnonzero(self.weights[:, self.store[turn]]).tolist():
+            begin, end = int(self.ends[stage]), int(self.ends[stage + 1])
+            yield from range(max(first, begin), min(last + 1, end))

@@ -88,10 +88,6 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
         window = min(ahead, POOL_ROWS * row_tokens, POOL_PIECES * length)
         if held < window and len(pool) < POOL_PIECES:
             drawn = supply.draw(window - held, POOL_PIECES - len(pool), ahead - held)
-            if supply.truncate:
-                drawn = Runs(
-                    drawn.documents, drawn.starts, np.minimum(drawn.lengths, length), drawn.late
-                )
             pool = Runs.join(pool, drawn.cut(length))
         pool = pool[np.argsort(-pool.lengths.astype(np.int64), kind="stable")]
         row, made = best_fit(pool.lengths, row_tokens)
@@ -99,24 +95,23 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
 
         rng = np.random.default_rng((supply.seed, supply.epoch, stage, turn))
         turn += 1
-        order = rng.permutation(made)
-        order = order[np.argsort(room[order], kind="stable")]
+        fullest = rng.permutation(made)
+        fullest = fullest[np.argsort(room[fullest], kind="stable")]
         if supply.empty:
-            last = order[-1]
-            keep = room[last] > 0 and not pool.late[row == last].any()
-            out = made - keep
+            emptiest = fullest[-1]
+            carried = room[emptiest] > 0 and not pool.late[row == emptiest].any()
+            out = made - int(carried)
         else:
             out = max(-(-made // 2), int(np.count_nonzero(room <= FULL * row_tokens)))
         out = min(out, rows)
-        number = np.full(made, out)
-        number[rng.permutation(order[:out])] = np.arange(out)
-        place = number[row]
-        by_row = np.argsort(place, kind="stable")
-        by_row = by_row[: np.count_nonzero(place < out)]
-        if out:
-            yield place[by_row], pool[by_row]
         rows -= out
-        pool = pool[place == out]
+        number = np.full(made, out)
+        number[rng.permutation(fullest[:out])] = np.arange(out)
+        number = number[row]
+        if out:
+            order = np.argsort(number, kind="stable")[: np.count_nonzero(number < out)]
+            yield number[order], pool[order]
+        pool = pool[number == out]
         if supply.empty and rows:
             pool.late[:] = True
     supply.give_back(pool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,8 @@ class RowWriter:
 
     def end_stage(self, stage: Demand, epochs: float) -> None:
         """Close the count of a stage, at whose end `epochs` epochs are used up."""
-        self.stages.append({**asdict(stage), "epochs": epochs, **self.counted})
+        asked = {"length": int(stage.length), "rows": int(stage.rows)}
+        self.stages.append({**asked, "epochs": float(epochs), **self.counted})
         self.counted = _nothing_counted()
 
     def close(self, about: Mapping[str, Any]) -> None:
