@@ -131,6 +131,9 @@ class SparseLM(LightningModule):
         total, count = sums.sum(0)
         loss = (total / count.clamp(min=1)).float()
         self.log("val/loss", loss)
+        bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
+        if bytes_per_token is not None:
+            self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
         length = getattr(self._datamodule, "validation_length", None)
         if length is not None:
             # val/loss jumps where a stage starts: a curve of one length compares with itself.
@@ -138,9 +141,6 @@ class SparseLM(LightningModule):
         if len(sums) > 1:
             for name, (store_total, store_count) in zip(self._store_names, sums, strict=True):
                 self.log(f"val_by_store/{name}", (store_total / store_count.clamp(min=1)).float())
-        bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
-        if bytes_per_token is not None:
-            self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

@@ -177,7 +177,8 @@ def _child(task: Report, threads: int = 1) -> Report:
 
 
 def _do_pack(task: Report) -> Report:
-    from lit_sparse.data import load_tokenizer, pack
+    from lit_sparse.data import load_tokenizer
+    from lit_sparse.data.pack import pack
 
     tokenizer = load_tokenizer(task["tokenizer"])
     begin = time.perf_counter()
