@@ -86,6 +86,25 @@ class Runs:
         return Runs(runs.documents[first], runs.starts[first], lengths, runs.late[first])
 
 
+def longest(sizes: np.ndarray, tokens: int, cover: bool) -> np.ndarray:
+    """Numbers of the largest sizes that make up `tokens`, found without sorting.
+
+    Args:
+        sizes: whole numbers >= 0, of a memory's size at most: they are counted.
+        tokens: what they make up, or less where there is not as much.
+        cover: whether to pass `tokens`, rather than to stay below.
+    """
+    held = np.bincount(sizes, minlength=1) * np.arange(int(sizes.max(initial=0)) + 1)
+    # In sizes of at least each, and the smallest size that is taken whole.
+    above = np.append(np.cumsum(held[::-1])[::-1], 0)
+    size = max(1, int(np.searchsorted(-above, -tokens)))
+    chosen = np.flatnonzero(sizes >= size)
+    if cover and size > 1:
+        some = -(-(tokens - int(above[size])) // (size - 1))
+        chosen = np.append(chosen, np.flatnonzero(sizes == size - 1)[:some])
+    return chosen
+
+
 class Supply:
     """Hands out the documents of one epoch after the other.
 
@@ -256,13 +275,4 @@ class Supply:
             return long[: np.searchsorted(ends, quota, side="left" if cover else "right") + cover]
         quota -= int(ends[-1]) if len(ends) else 0
         others = np.flatnonzero(free & (lengths < length))
-        sizes = lengths[others]
-        held = np.bincount(sizes, minlength=1) * np.arange(int(sizes.max(initial=0)) + 1)
-        # Tokens in runs of at least each size, and the smallest size of which all runs are taken.
-        above = np.append(np.cumsum(held[::-1])[::-1], 0)
-        size = int(np.searchsorted(-above, -quota))
-        chosen = [long, others[sizes >= size]]
-        if size > 1:
-            some = -(-(quota - int(above[size])) // (size - 1)) if cover else 0
-            chosen.append(others[sizes == size - 1][:some])
-        return np.concatenate(chosen)
+        return np.append(long, others[longest(lengths[others], quota, cover)])

@@ -15,9 +15,6 @@ BLOCK = 2**16
 """Rows whose candidates are lists of Python numbers at once."""
 
 
-_NO_SCHEDULE = "no even schedule of rows: do the weights of every stage sum to 1?"
-
-
 def check_weights(mapping: Mapping[str, float], where: str) -> dict[str, float]:
     """Weights of stores, normalised to a sum of 1, in the order given.
 
@@ -61,8 +58,15 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
     Returns:
         uint16 [rows of all stages].
+
+    Raises:
+        ValueError: the weights of a stage are negative, or do not sum to 1.
     """
     weights, rows = np.asarray(weights, dtype=np.float64), np.asarray(rows, dtype=np.int64)
+    if (weights < 0).any() or not np.allclose(weights.sum(axis=1), 1):
+        raise ValueError(
+            f"the weights of a stage must be >= 0 and sum to 1, got {weights.tolist()}"
+        )
     ends = np.concatenate([[0], np.cumsum(rows)])
     if weights.shape[1] == 1:
         return np.zeros(ends[-1], dtype=np.uint16)
@@ -162,7 +166,7 @@ class _Turns:
                     if at == row:
                         return free
                     turn = handed_on
-        raise ArithmeticError(_NO_SCHEDULE)
+        raise RuntimeError(f"no even schedule was found for the weights {self.weights.tolist()}")
 
     def squeeze_in(self, due: int, row: int) -> int:
         """Find a row up to `row` for a turn that must have come by then; returns what it displaces.
@@ -189,18 +193,19 @@ class _Turns:
                     if turn == due:
                         return held
                     at = handed_on
-        raise ArithmeticError(_NO_SCHEDULE)
+        raise RuntimeError(f"no even schedule was found for the weights {self.weights.tolist()}")
 
     @cached_property
-    def _by_store(self) -> list[np.ndarray]:
-        return [np.flatnonzero(self.store == store) for store in range(self.weights.shape[1])]
+    def _by_store(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Turns of each store, their first rows and their last."""
+        turns = [np.flatnonzero(self.store == store) for store in range(self.weights.shape[1])]
+        return [(at, self.first[at], self.last[at]) for at in turns]
 
     def _turns_for(self, row: int) -> Iterator[int]:
         stage = np.searchsorted(self.ends, row, side="right") - 1
         for store in np.flatnonzero(self.weights[stage]):
-            turns = self._by_store[store]
-            begin = np.searchsorted(self.last[turns], row)
-            end = np.searchsorted(self.first[turns], row, side="right")
+            turns, first, last = self._by_store[store]
+            begin, end = np.searchsorted(last, row), np.searchsorted(first, row, side="right")
             yield from turns[begin:end].tolist()
 
     def _rows_for(self, turn: int, row: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_sparse.data.epochs import Demand, Supply
+from lit_sparse.data.epochs import Demand, Supply, longest
 from lit_sparse.data.packing import PACKINGS
 from lit_sparse.data.row_writer import COLUMNS, FILLER, CountLoss, RowWriter
 
@@ -174,16 +174,16 @@ def _check(supply: Supply, packing: str, short: bool) -> None:
     if supply.upsample is not None and supply.upsample[1] < 1:
         raise ValueError(f"data.upsample: times must be >= 1, got {supply.upsample[1]}")
     used = supply.lengths[supply.documents]
-    corpus, longest = int(used.sum()), int(used.max(initial=0))
+    corpus, most = int(used.sum()), int(used.max(initial=0))
     if not corpus:
         raise ValueError("the training documents of data.path hold no token")
     for i, stage in enumerate(supply.demand):
         where = f"curriculum.stages[{i}].length = {stage.length} tokens"
         if not 1 <= stage.length <= supply.row_tokens:
             raise ValueError(f"{where}, must be in [1, data.row_tokens = {supply.row_tokens}]")
-        if stage.rows and stage.length > longest and not short:
+        if stage.rows and stage.length > most and not short:
             raise ValueError(
-                f"{where}, but the longest training document of data.path has {longest} (the "
+                f"{where}, but the longest training document of data.path has {most} (the "
                 f"corpus {corpus} in all), so the stage would not train longer contexts; shorten "
                 "it or add longer documents"
             )
@@ -232,12 +232,13 @@ def fixed_rows(
     owner = np.searchsorted(ends, drawn, side="right")
     start = (drawn - ends[owner] + used[owner] // length) * length
     full = deque((int(d), int(s), length) for d, s in zip(documents[owner], start, strict=True))
-    # The longest remainders, as many as there are tokens of room at most.
+    # The longest remainders, as many as the full pieces leave room for.
     rest_length = used % length
-    most = min(rows * row_tokens, int(np.count_nonzero(rest_length)))
-    by_length = np.argsort(-rest_length, kind="stable")[:most]
+    room = rows * row_tokens - min(len(full), rows * (row_tokens // length)) * length
+    chosen = longest(rest_length, room, cover=True)
+    chosen = chosen[np.argsort(-rest_length[chosen], kind="stable")]
     rest = deque(
-        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in by_length
+        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in chosen
     )
 
     row_of_piece: list[int] = []
