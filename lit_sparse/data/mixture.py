@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -73,8 +72,9 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
     turns = _Turns(weights, ends)
     order = np.argsort(turns.first, kind="stable")
     arrivals = np.bincount(turns.first, minlength=ends[-1])
-    store_of, last = array("H", turns.store.tobytes()), array("q", turns.last.tobytes())
-    turn_of, row_of = turns.turn_of, turns.row_of
+    # One number at a time, these are several times faster than the arrays that they show.
+    store_of, last = turns.store.data, turns.last.data
+    turn_of, row_of = turns.turn_of.data, turns.row_of.data
     ready: list[int] = []
     begun = 0
     for stage in range(len(weights)):
@@ -98,7 +98,7 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
                     heappush(ready, turns.squeeze_in(heappop(ready), row))
         for turn in waiting:
             heappush(ready, turn)
-    return turns.store[np.frombuffer(turns.turn_of, dtype=np.int64)]
+    return turns.store[turns.turn_of]
 
 
 class _Turns:
@@ -132,9 +132,9 @@ class _Turns:
         order = np.argsort(last, kind="stable")
         order = order[first[order] < ends[-1]]
         self.first, self.last, self.store = first[order], last[order], store[order]
-        self.turn_of = array("q", bytes(8 * int(ends[-1])))
+        self.turn_of = np.zeros(ends[-1], dtype=np.int64)
         """Turn of each row."""
-        self.row_of = array("q", b"\xff" * (8 * len(order)))
+        self.row_of = np.full(len(order), -1)
         """Row of each turn, -1: none yet."""
 
     def take(self, turn: int, row: int) -> None:
@@ -156,12 +156,12 @@ class _Turns:
                     continue
                 wanted_by[turn] = wanting
                 if self.row_of[turn] >= 0:
-                    rows.append(self.row_of[turn])
+                    rows.append(int(self.row_of[turn]))
                     continue
                 free = turn
                 while True:
                     at = wanted_by[turn]
-                    handed_on = self.turn_of[at]
+                    handed_on = int(self.turn_of[at])
                     self.take(turn, at)
                     if at == row:
                         return free
@@ -181,14 +181,14 @@ class _Turns:
                 if at in wanted_by:
                     continue
                 wanted_by[at] = wanting
-                held = self.turn_of[at]
+                held = int(self.turn_of[at])
                 if self.last[held] <= row:
                     turns.append(held)
                     continue
                 self.row_of[held] = -1
                 while True:
                     turn = wanted_by[at]
-                    handed_on = self.row_of[turn]
+                    handed_on = int(self.row_of[turn])
                     self.take(turn, at)
                     if turn == due:
                         return held
