@@ -148,7 +148,8 @@ class Supply:
         self.dtype = np.dtype(np.int64 if large else np.uint32)
         self.documents = documents[used > 0].astype(self.dtype)
         self.epoch = -1
-        self._total = 0
+        self.total = 0
+        """Tokens of the epoch, as it began."""
         self.nothing = self._runs(self.documents[:0])
         """No runs, in columns of this supply's types."""
         # What is left of the epoch, in order; the numbers therein of what the current stage reads,
@@ -164,7 +165,7 @@ class Supply:
     @property
     def epochs(self) -> float:
         """Epochs that were used up when the last stage ended."""
-        return self.epoch + 1 - self._left.tokens / max(self._total, 1)
+        return self.epoch + 1 - self._left.tokens / max(self.total, 1)
 
     def begin_epoch(self) -> None:
         """Shuffle the documents anew; the epoch before must be used up."""
@@ -177,7 +178,7 @@ class Supply:
             extra[self.lengths[order] < longer_than] = 0
             order = rng.permutation(np.repeat(order, extra + 1)) if extra.any() else order
         self._left, self._mine, self._at = self._runs(order), self.nothing.documents, 0
-        self._total = self._left.tokens
+        self.total = self._left.tokens
 
     def begin_stage(self, stage: int, grain: int) -> None:
         """From here on runs go to `stage`, divided at multiples of `grain` tokens only."""

@@ -87,8 +87,9 @@ def test_an_epoch_leaves_no_token_out_and_gives_none_twice(build, packing, seed)
         assert set(every[used]) <= {given // corpus, given // corpus + 1}
         assert epochs == pytest.approx(given / corpus)
     elif given:
-        # One row of an epoch at most waits for the next.
-        assert set(every[used]) <= {np.ceil(epochs) - 2, np.ceil(epochs) - 1, np.ceil(epochs)}
+        # One row at most waits for another epoch.
+        assert every.max() <= np.ceil(epochs + row_tokens / corpus)
+        assert np.maximum(np.floor(epochs) - every[used], 0).sum() <= row_tokens
         assert given <= epochs * corpus + 1e-6 < given + row_tokens
 
 
@@ -145,7 +146,7 @@ def test_a_document_divided_between_stages_goes_on_where_it_stopped(build):
 
 def test_truncation_gives_the_beginning_of_each_document(build):
     lengths = np.array([10, 50, 64, 65, 300, 20, 0, 128])
-    rows = build(lengths, [Demand(64, 6)], 128, truncate=True, packing="concat")
+    rows = build(lengths, [Demand(64, 40)], 128, truncate=True, packing="concat")
     real = rows.documents != FILLER
     assert not rows.starts[real].any()
     pieces = zip(rows.documents[real].tolist(), rows.lengths[real].tolist(), strict=True)
@@ -165,9 +166,10 @@ def test_a_truncated_document_stands_once_in_an_epoch(build, seed):
     )
     check_rows(rows, demand)
     times = np.bincount(rows.documents[rows.documents != FILLER], minlength=len(lengths))
-    epochs = np.ceil(rows.summary["stages"][-1]["epochs"])
-    if times.any():
-        assert set(times[documents[lengths[documents] > 0]]) <= {epochs - 2, epochs - 1, epochs}
+    epochs = rows.summary["stages"][-1]["epochs"]
+    assert times.max() <= np.ceil(epochs + row_tokens / lengths[documents].sum())
+    missing = np.maximum(np.floor(epochs) - 1 - times[documents[lengths[documents] > 0]], 0)
+    assert missing.sum() <= row_tokens
     longest = np.repeat(
         np.repeat([stage.length for stage in demand], [stage.rows for stage in demand]),
         np.diff(rows.row_offsets),
