@@ -86,6 +86,25 @@ class Runs:
         return Runs(runs.documents[first], runs.starts[first], lengths, runs.late[first])
 
 
+def longest(sizes: np.ndarray, tokens: int, cover: bool) -> np.ndarray:
+    """Numbers of the largest sizes that make up `tokens`, found without sorting.
+
+    Args:
+        sizes: whole numbers >= 0, of a memory's size at most: they are counted.
+        tokens: what they make up, or less where there is not as much.
+        cover: whether to pass `tokens`, rather than to stay below.
+    """
+    held = np.bincount(sizes, minlength=1) * np.arange(int(sizes.max(initial=0)) + 1)
+    # In sizes of at least each, and the smallest size that is taken whole.
+    above = np.append(np.cumsum(held[::-1])[::-1], 0)
+    size = max(1, int(np.searchsorted(-above, -tokens)))
+    chosen = np.flatnonzero(sizes >= size)
+    if cover and size > 1:
+        some = -(-(tokens - int(above[size])) // (size - 1))
+        chosen = np.append(chosen, np.flatnonzero(sizes == size - 1)[:some])
+    return chosen
+
+
 class Supply:
     """Hands out the documents of one epoch after the other.
 
@@ -129,7 +148,8 @@ class Supply:
         self.dtype = np.dtype(np.int64 if large else np.uint32)
         self.documents = documents[used > 0].astype(self.dtype)
         self.epoch = -1
-        self._total = 0
+        self.total = 0
+        """Tokens of the epoch, as it began."""
         self.nothing = self._runs(self.documents[:0])
         """No runs, in columns of this supply's types."""
         # What is left of the epoch, in order; the numbers therein of what the current stage reads,
@@ -145,7 +165,7 @@ class Supply:
     @property
     def epochs(self) -> float:
         """Epochs that were used up when the last stage ended."""
-        return self.epoch + 1 - self._left.tokens / max(self._total, 1)
+        return self.epoch + 1 - self._left.tokens / max(self.total, 1)
 
     def begin_epoch(self) -> None:
         """Shuffle the documents anew; the epoch before must be used up."""
@@ -158,7 +178,7 @@ class Supply:
             extra[self.lengths[order] < longer_than] = 0
             order = rng.permutation(np.repeat(order, extra + 1)) if extra.any() else order
         self._left, self._mine, self._at = self._runs(order), self.nothing.documents, 0
-        self._total = self._left.tokens
+        self.total = self._left.tokens
 
     def begin_stage(self, stage: int, grain: int) -> None:
         """From here on runs go to `stage`, divided at multiples of `grain` tokens only."""
@@ -256,13 +276,4 @@ class Supply:
             return long[: np.searchsorted(ends, quota, side="left" if cover else "right") + cover]
         quota -= int(ends[-1]) if len(ends) else 0
         others = np.flatnonzero(free & (lengths < length))
-        sizes = lengths[others]
-        held = np.bincount(sizes, minlength=1) * np.arange(int(sizes.max(initial=0)) + 1)
-        # Tokens in runs of at least each size, and the smallest size of which all runs are taken.
-        above = np.append(np.cumsum(held[::-1])[::-1], 0)
-        size = int(np.searchsorted(-above, -quota))
-        chosen = [long, others[sizes >= size]]
-        if size > 1:
-            some = -(-(quota - int(above[size])) // (size - 1)) if cover else 0
-            chosen.append(others[sizes == size - 1][:some])
-        return np.concatenate(chosen)
+        return np.append(long, others[longest(lengths[others], quota, cover)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -13,9 +12,6 @@ import numpy as np
 
 BLOCK = 2**16
 """Rows whose candidates are lists of Python numbers at once."""
-
-
-_NO_SCHEDULE = "no even schedule of rows: do the weights of every stage sum to 1?"
 
 
 def check_weights(mapping: Mapping[str, float], where: str) -> dict[str, float]:
@@ -61,16 +57,24 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
     Returns:
         uint16 [rows of all stages].
+
+    Raises:
+        ValueError: the weights of a stage are negative, or do not sum to 1.
     """
     weights, rows = np.asarray(weights, dtype=np.float64), np.asarray(rows, dtype=np.int64)
+    if (weights < 0).any() or not np.allclose(weights.sum(axis=1), 1):
+        raise ValueError(
+            f"the weights of a stage must be >= 0 and sum to 1, got {weights.tolist()}"
+        )
     ends = np.concatenate([[0], np.cumsum(rows)])
     if weights.shape[1] == 1:
         return np.zeros(ends[-1], dtype=np.uint16)
     turns = _Turns(weights, ends)
     order = np.argsort(turns.first, kind="stable")
     arrivals = np.bincount(turns.first, minlength=ends[-1])
-    store_of, last = array("H", turns.store.tobytes()), array("q", turns.last.tobytes())
-    turn_of, row_of = turns.turn_of, turns.row_of
+    # One number at a time, these are several times faster than the arrays that they show.
+    store_of, last = turns.store.data, turns.last.data
+    turn_of, row_of = turns.turn_of.data, turns.row_of.data
     ready: list[int] = []
     begun = 0
     for stage in range(len(weights)):
@@ -94,7 +98,7 @@ def schedule(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
                     heappush(ready, turns.squeeze_in(heappop(ready), row))
         for turn in waiting:
             heappush(ready, turn)
-    return turns.store[np.frombuffer(turns.turn_of, dtype=np.int64)]
+    return turns.store[turns.turn_of]
 
 
 class _Turns:
@@ -128,9 +132,9 @@ class _Turns:
         order = np.argsort(last, kind="stable")
         order = order[first[order] < ends[-1]]
         self.first, self.last, self.store = first[order], last[order], store[order]
-        self.turn_of = array("q", bytes(8 * int(ends[-1])))
+        self.turn_of = np.zeros(ends[-1], dtype=np.int64)
         """Turn of each row."""
-        self.row_of = array("q", b"\xff" * (8 * len(order)))
+        self.row_of = np.full(len(order), -1)
         """Row of each turn, -1: none yet."""
 
     def take(self, turn: int, row: int) -> None:
@@ -152,17 +156,17 @@ class _Turns:
                     continue
                 wanted_by[turn] = wanting
                 if self.row_of[turn] >= 0:
-                    rows.append(self.row_of[turn])
+                    rows.append(int(self.row_of[turn]))
                     continue
                 free = turn
                 while True:
                     at = wanted_by[turn]
-                    handed_on = self.turn_of[at]
+                    handed_on = int(self.turn_of[at])
                     self.take(turn, at)
                     if at == row:
                         return free
                     turn = handed_on
-        raise ArithmeticError(_NO_SCHEDULE)
+        raise RuntimeError(f"no even schedule was found for the weights {self.weights.tolist()}")
 
     def squeeze_in(self, due: int, row: int) -> int:
         """Find a row up to `row` for a turn that must have come by then; returns what it displaces.
@@ -177,30 +181,31 @@ class _Turns:
                 if at in wanted_by:
                     continue
                 wanted_by[at] = wanting
-                held = self.turn_of[at]
+                held = int(self.turn_of[at])
                 if self.last[held] <= row:
                     turns.append(held)
                     continue
                 self.row_of[held] = -1
                 while True:
                     turn = wanted_by[at]
-                    handed_on = self.row_of[turn]
+                    handed_on = int(self.row_of[turn])
                     self.take(turn, at)
                     if turn == due:
                         return held
                     at = handed_on
-        raise ArithmeticError(_NO_SCHEDULE)
+        raise RuntimeError(f"no even schedule was found for the weights {self.weights.tolist()}")
 
     @cached_property
-    def _by_store(self) -> list[np.ndarray]:
-        return [np.flatnonzero(self.store == store) for store in range(self.weights.shape[1])]
+    def _by_store(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Turns of each store, their first rows and their last."""
+        turns = [np.flatnonzero(self.store == store) for store in range(self.weights.shape[1])]
+        return [(at, self.first[at], self.last[at]) for at in turns]
 
     def _turns_for(self, row: int) -> Iterator[int]:
         stage = np.searchsorted(self.ends, row, side="right") - 1
         for store in np.flatnonzero(self.weights[stage]):
-            turns = self._by_store[store]
-            begin = np.searchsorted(self.last[turns], row)
-            end = np.searchsorted(self.first[turns], row, side="right")
+            turns, first, last = self._by_store[store]
+            begin, end = np.searchsorted(last, row), np.searchsorted(first, row, side="right")
             yield from turns[begin:end].tolist()
 
     def _rows_for(self, turn: int, row: int) -> Iterator[int]:

@@ -18,6 +18,9 @@ POOL_ROWS = 2**14
 FULL = 1 / 256
 """A row is as good as full where no more than this part of it is free."""
 
+WASTE = 1 / 32
+"""Part of an epoch that may be left free for the sake of placing all its pieces."""
+
 Rows = tuple[np.ndarray, Runs]
 """For every piece the number of its row, counted from 0 and ascending, and the pieces."""
 
@@ -72,7 +75,8 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
     `supply.truncate` only the first piece). A pool of pieces is packed by `best_fit`, its fullest
     rows come out in an order drawn from (seed, epoch, stage, round), and the pieces of the others
     go back into the pool. An epoch ends with all its pieces placed, save those of its emptiest row:
-    these are placed in the next epoch, once. Rows may have room left.
+    these come in the next epoch (in a store of few rows they may wait longer, until the room that
+    they leave is small). Rows may have room left.
 
     Source: Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830, section 3.
     """
@@ -99,7 +103,8 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
         fullest = fullest[np.argsort(room[fullest], kind="stable")]
         if supply.empty:
             emptiest = fullest[-1]
-            carried = room[emptiest] > 0 and not pool.late[row == emptiest].any()
+            free = WASTE * supply.total if pool.late[row == emptiest].any() else 0
+            carried = room[emptiest] > free
             out = made - int(carried)
         else:
             out = max(-(-made // 2), int(np.count_nonzero(room <= FULL * row_tokens)))

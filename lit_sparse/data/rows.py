@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_sparse.data.epochs import Demand, Supply
+from lit_sparse.data.epochs import Demand, Supply, longest
 from lit_sparse.data.packing import PACKINGS
 from lit_sparse.data.row_writer import COLUMNS, FILLER, CountLoss, RowWriter
 
@@ -227,12 +227,13 @@ def fixed_rows(
     owner = np.searchsorted(ends, drawn, side="right")
     start = (drawn - ends[owner] + used[owner] // length) * length
     full = deque((int(d), int(s), length) for d, s in zip(documents[owner], start, strict=True))
-    # The longest remainders, as many as there are tokens of room at most.
+    # The longest remainders, as many as the full pieces leave room for.
     rest_length = used % length
-    most = min(rows * row_tokens, int(np.count_nonzero(rest_length)))
-    by_length = np.argsort(-rest_length, kind="stable")[:most]
+    room = rows * row_tokens - min(len(full), rows * (row_tokens // length)) * length
+    chosen = longest(rest_length, room, cover=True)
+    chosen = chosen[np.argsort(-rest_length[chosen], kind="stable")]
     rest = deque(
-        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in by_length
+        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in chosen
     )
 
     row_of_piece: list[int] = []

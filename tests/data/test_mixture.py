@@ -70,6 +70,12 @@ def test_one_store_and_no_rows():
     assert schedule(np.array([[0.0, 1.0]]), np.array([3])).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("weights", [[[0.5, 0.4]], [[1.5, -0.5]]])
+def test_shares_that_are_none(weights):
+    with pytest.raises(ValueError, match="sum to 1"):
+        schedule(np.array(weights), np.array([3]))
+
+
 def test_weights_are_normalised_in_the_order_given():
     weights = check_weights({"web": 3, "books": 1, "code": 0}, "data.mixture")
     assert list(weights.items()) == [("web", 0.75), ("books", 0.25), ("code", 0.0)]

@@ -100,7 +100,6 @@ def test_concatenation_follows_one_stream(tmp_path):
         64,
         packing="concat",
         seed=0,
-        short=True,
     )
     rows = RowIndex.open(tmp_path)
     # A piece that begins inside a document goes on where the row before stopped.
@@ -119,6 +118,15 @@ def test_rows_much_longer_than_their_pieces(tmp_path):
         assert np.diff(rows.row_offsets)[:2].tolist() == [4096, 4096]
         assert rows.lengths.max() == 16
         assert rows.loss_tokens[:2].tolist() == [0, 0]
+
+
+def test_a_store_smaller_than_a_row(tmp_path):
+    lengths = np.array([100, 30, 7, 60])
+    build_rows(tmp_path, lengths, np.arange(4), [Demand(100, 20)], 4096, seed=0)
+    rows = RowIndex.open(tmp_path)
+    assert rows.summary["stages"][0]["filler_tokens"] < 0.05 * 20 * 4096
+    times = np.bincount(rows.documents[rows.documents != FILLER])
+    assert times.max() - times.min() <= 4096 / lengths.sum() + 1
 
 
 def test_documents_that_leave_room_beside_each_other(tmp_path):
