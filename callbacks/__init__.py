@@ -1,5 +1,6 @@
 """Lightning callbacks: the plugin, the curriculum, the monitors, and what a run leaves behind."""
 
+from lit_sparse.callbacks.checkpoint import RunCheckpoint
 from lit_sparse.callbacks.collapse import CollapseMonitor
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
@@ -8,6 +9,7 @@ from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
 from lit_sparse.callbacks.sparse_attention import SparseAttention
 from lit_sparse.callbacks.stage_report import StageReport
+from lit_sparse.callbacks.step_seed import StepSeed
 from lit_sparse.callbacks.throughput import Throughput
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "DenseGapMonitor",
     "HuggingFaceExport",
     "PasskeyEval",
+    "RunCheckpoint",
     "SparseAttention",
     "SparseProgressBar",
     "StageReport",
+    "StepSeed",
     "Throughput",
 ]

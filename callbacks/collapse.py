@@ -145,7 +145,7 @@ class CollapseMonitor(SampledAttentionMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **super().state_dict(),
+            "average": self._average.state_dict(),
             "first": self._first,
             "smooth": self._smooth,
             "measured": self._measured,
@@ -153,7 +153,7 @@ class CollapseMonitor(SampledAttentionMonitor):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        self._average.load_state_dict(state_dict["average"])
         self._first, self._smooth = state_dict["first"], state_dict["smooth"]
         self._measured = state_dict["measured"]
         self._alerted = {tuple(alert) for alert in state_dict["alerted"]}

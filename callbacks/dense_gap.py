@@ -132,6 +132,12 @@ class DenseGapMonitor(SampledAttentionMonitor):
         if labels > 0:
             pl_module.log("gap/loss_delta", ((sparse - dense) / labels).float())
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._average.load_state_dict(state_dict["average"])
+
     # -- the figure --
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

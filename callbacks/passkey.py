@@ -46,7 +46,7 @@ class PasskeyEval(Callback):
         data: PackedTextDataModule = datamodule_of(trainer)
         model: Any = transformers_models(pl_module)[0]
         ids, start, answers = data.passkey.prompts(
-            data.validation_store,
+            data.validation_text,
             data.validation_length,
             self.prompts,
             np.random.default_rng(self.seed),

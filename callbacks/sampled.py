@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_sparse.attention import Selection
 from lit_sparse.attention.probe import RowStatistics, probe_rows, sample_rows
 from lit_sparse.callbacks.common import sparse_models
+from lit_sparse.callbacks.step_seed import seed_of
 from lit_sparse.models import Observation, observe
 
 
@@ -20,7 +21,7 @@ class SampledAttentionMonitor(Callback):
 
     In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys
     and values are observed where they pass, detached, and `rows` query rows of them are compared
-    with their whole context. Rows come from the monitor's own generator, whose state is saved, so
+    with their whole context. Rows come from the monitor's own generator, seeded by the step, so
     that the run is bitwise the same with and without it, and resumes exactly.
 
     Args:
@@ -41,7 +42,8 @@ class SampledAttentionMonitor(Callback):
             if value < 1:
                 raise ValueError(f"{type(self).__name__} {name} must be >= 1, got {value}")
         self.every_n_steps, self.rows, self.min_context = every_n_steps, rows, min_context
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._generator = torch.Generator()
         self._watches: list[Observation] = []
         self._statistics: dict[int, RowStatistics] = {}
 
@@ -61,6 +63,7 @@ class SampledAttentionMonitor(Callback):
         first = batch_idx % trainer.accumulate_grad_batches == 0
         if first and trainer.global_step % self.every_n_steps == 0:
             self._statistics = {}
+            self._generator.manual_seed(seed_of(self.seed, trainer.global_step))
             offset = 0
             for model in sparse_models(pl_module):
                 self._watches.append(observe(model, self._observer(offset)))
@@ -82,12 +85,6 @@ class SampledAttentionMonitor(Callback):
         for watch in self._watches:
             watch.remove()
         self._watches = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._generator.set_state(state_dict["generator"])
 
     def _observer(self, offset: int) -> Any:
         def observer(
@@ -129,3 +126,9 @@ class Average:
         means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "count": self._count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sums, self._count = state_dict["sums"], state_dict["count"]

@@ -7,11 +7,20 @@ from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
 from lit_sparse.attention import Selection
 from lit_sparse.budget import Budget
 from lit_sparse.callbacks.common import transformers_models
-from lit_sparse.models import Law, Observation, is_sparse, law_of, observe, sparsify
+from lit_sparse.models import (
+    Law,
+    Observation,
+    budget_of,
+    is_sparse,
+    law_of,
+    observe,
+    sparsify,
+)
 
 
 class SparseAttention(Callback):
@@ -22,7 +31,7 @@ class SparseAttention(Callback):
     layers).
 
     Args:
-        budget: the law k(n).
+        budget: the law k(n), where a stage of `ContextCurriculum` sets none.
         layers: budgets of single layers; `Budget.dense()` keeps a layer dense.
         block: keys kept or dropped together; a power of two.
         tile: queries that share a selection; a power of two, or None for the default.
@@ -67,9 +76,13 @@ class SparseAttention(Callback):
                     backend=self.backend,
                 )
 
-    on_validation_start = on_fit_start
     on_test_start = on_fit_start
     on_predict_start = on_fit_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # While fitting the law may be that of a stage.
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -93,5 +106,6 @@ class SparseAttention(Callback):
             longest = int(np.diff(self._selections[0].plan.keys).max(initial=1))
             densities = [selection.density for selection in self._selections]
             pl_module.log("curriculum/density", float(np.mean(densities)))
-            pl_module.log("curriculum/budget", float(self.law.budget(longest)))
+            budget = budget_of(transformers_models(pl_module)[0])
+            pl_module.log("curriculum/budget", float(budget(longest)))
             self._selections = []

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_only
 
 from lit_sparse.callbacks.common import datamodule_of
 from lit_sparse.callbacks.curriculum import ContextCurriculum
@@ -72,13 +71,13 @@ class StageReport(Callback):
         self.rows = [*(r for r in self.rows if r["stage"] != row["stage"]), row]
         self._mark = None
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.rows:
+        directory = trainer.log_dir  # all ranks: it is broadcast
+        if not self.rows or not trainer.is_global_zero:
             return
         print("\n" + self.table())
-        if trainer.log_dir:
-            path = Path(trainer.log_dir) / "stages.json"
+        if directory:
+            path = Path(directory) / "stages.json"
             path.write_text(json.dumps(self.rows, indent=2, sort_keys=True) + "\n")
 
     def table(self) -> str:
@@ -93,11 +92,22 @@ class StageReport(Callback):
             for line in cells
         )
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._mark = None  # writing a checkpoint is not training
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {
+            "rows": self.rows,
+            "stage": self._stage,
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows, self._stage = state_dict["rows"], state_dict["stage"]
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
 
 
 def _stage(trainer: Trainer) -> int:

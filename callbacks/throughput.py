@@ -14,8 +14,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 class Throughput(Callback):
     """Log `train/tokens_per_second` (all ranks) and `train/memory_gib` (peak of this process).
 
-    Time outside of training (validation, checkpoints written after a step) is not counted; loading
-    a batch is. Tokens are counted from the batch's `input_ids`.
+    Time outside of training (validation, checkpoints) is not counted; loading a batch is. Tokens
+    are counted from the batch's `input_ids`.
 
     Args:
         window: batches that a rate is averaged over.
@@ -51,6 +51,17 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._mark = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": self._recent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recent = [tuple(batch) for batch in state_dict["recent"]]
 
 
 def _peak_gib(device: torch.device) -> float:

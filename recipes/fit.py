@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from lit_sparse.callbacks import ContextCurriculum, SparseAttention
+from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.data import PackedTextDataModule
-from lit_sparse.recipes.run_directory import Run
+from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
+from lit_sparse.training.checkpoint import write_whole
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -30,7 +33,8 @@ class SparseCLI(LightningCLI):
             SparseLM,
             PackedTextDataModule,
             save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},  # Run.prepare keeps other runs safe
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"callbacks": StepSeed()},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"prog": "lit-sparse"},
@@ -46,13 +50,9 @@ class SparseCLI(LightningCLI):
         parser.add_class_arguments(Run, "run")
         parser.add_lightning_class_args(SparseAttention, "sparse_attention")
         parser.add_lightning_class_args(ContextCurriculum, "curriculum")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                # After each validation, that is at least at every stage's end; all are kept.
-                "checkpoint.filename": "{step}",
-                "checkpoint.save_top_k": -1,
-                "checkpoint.save_on_train_epoch_end": False,
                 "trainer.log_every_n_steps": 10,
                 # One pass over the row index is the whole run, and it divides rows among ranks
                 # itself.
@@ -73,10 +73,16 @@ class SparseCLI(LightningCLI):
         self.run = Run(**config.run.as_dict())
         if config.get("ckpt_path"):
             config.ckpt_path = self.run.checkpoint(config.ckpt_path)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(self.run.path / "checkpoints")
+        if config.checkpoint.dirpath is not None:
+            raise ValueError(
+                f"checkpoint.dirpath = {config.checkpoint.dirpath}: a run keeps its checkpoints in "
+                "its own directory; leave it out and choose --run.root and --run.name"
+            )
+        self.save_config_kwargs["directory"] = self.run.path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Not in the config: another run may be started from the config.yaml of this one.
+        self._get(self.config_init, "checkpoint").dirpath = str(self.run.checkpoints)
         if self._get(self.config_init, "trainer").get("logger") in (None, True):
             # No version folder: a resumed run goes on in the same directory.
             logger = TensorBoardLogger(
@@ -87,13 +93,30 @@ class SparseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         # After all keys were checked, before anything is written.
-        self.run.prepare(resume=bool(self.config[self.subcommand].get("ckpt_path")))
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        self.run.prepare(resume=bool(checkpoint))
         self.datamodule.setup()
         print(self.datamodule.describe(), flush=True)
+        if checkpoint:
+            self.run.check_resume(
+                Path(checkpoint),
+                yaml.safe_load(_dump(self._parser("fit"), self.config["fit"])),
+                self.trainer.world_size,
+                getattr(self.datamodule, "fingerprint", None),
+            )
+            if self.trainer.is_global_zero:
+                self.run.rewind_to(Path(checkpoint))
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint change keys of the model: what differs is shown, not taken."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            if stop.code is None:  # Lightning's own: before the first step
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
         except Exception as error:
             if subcommand == "fit" and not _training_started(error):
                 self.run.discard()
@@ -105,13 +128,27 @@ class SparseCLI(LightningCLI):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves the config of a fit alone: validating a run must not change what it says about
+    """Saves the config of a fit alone, whole: validating a run must not change what it says about
     itself.
+
+    Args:
+        directory: of the run.
+        others: see `SaveConfigCallback`.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.log_dir is not None:
-            super().setup(trainer, pl_module, stage)
+    def __init__(self, *others: Any, directory: Path, **keywords: Any) -> None:
+        super().__init__(*others, **keywords)
+        self.directory = directory
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            text = _dump(self.parser, self.config)
+            write_whole(self.directory / CONFIG, lambda file: file.write(text.encode()))
+
+
+def _dump(parser: LightningArgumentParser, config: Any) -> str:
+    """The effective config as YAML, without the names of the files that it was merged from."""
+    return parser.dump(config, skip_none=False)
 
 
 def _stages(callback: ContextCurriculum) -> Any:

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
-_MARKS = ("config.yaml", "checkpoints", "events.out.tfevents.*")
+import yaml
+from pytorch_lightning.utilities import rank_zero_warn
+
+from lit_sparse.recipes.changes import changes
+from lit_sparse.training.checkpoint import (
+    checkpoint_step,
+    checkpoints,
+    damage,
+    newest_whole,
+    read_checkpoint,
+    rewind_events,
+)
+
+CONFIG = "config.yaml"
+_MARKS = (CONFIG, "checkpoints", "events.out.tfevents.*")
 """What a run leaves behind; a directory with any of these holds one."""
 
 
 @dataclass
 class Run:
-    """Where a run lives: `root/name`.
+    """Where a run lives: `root/name`, and how it is continued.
 
     Args:
         name: None: the name of the first config.
         root: parent of all runs.
         overwrite: delete a run of the same name instead of refusing to start.
+        allow_changes: continue although the config, the data or the number of ranks changed in a
+            way that makes it another run.
+        rewind: continue from a checkpoint that is not the newest; the newer ones are moved to
+            `checkpoints/abandoned`.
     """
 
     name: str | None = None
     root: str = "runs"
     overwrite: bool = False
+    allow_changes: bool = False
+    rewind: bool = False
     _ours: bool = field(default=False, init=False, repr=False)
 
     @property
     def path(self) -> Path:
         return Path(self.root) / (self.name or "run")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     def prepare(self, resume: bool) -> None:
         """Make the directory ready to be written.
@@ -67,7 +93,8 @@ class Run:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def checkpoint(self, wanted: str) -> str:
-        """The checkpoint file to continue from: a path, or "last" for the newest of this run.
+        """The checkpoint file to continue from: a path, or "last" for the newest of this run that
+        is whole.
 
         Raises:
             ValueError: there is none. Starting over silently would lose the run.
@@ -75,10 +102,101 @@ class Run:
         if wanted != "last":
             if not Path(wanted).exists():
                 raise ValueError(f"ckpt_path: there is no checkpoint {wanted}")
+            if wrong := damage(Path(wanted)):
+                raise ValueError(f"ckpt_path: {wanted} is damaged: {wrong}")
             return wanted
-        found = sorted((self.path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
+        found = newest_whole(self.checkpoints)
+        if found is None:
+            held = "whole checkpoint" if checkpoints(self.checkpoints) else "checkpoint"
             raise ValueError(
-                f"ckpt_path: last, but {self.path / 'checkpoints'} holds no checkpoint"
+                f"ckpt_path: last, but {self.checkpoints} holds no {held}; without --ckpt_path, "
+                "and with --run.overwrite true, the run starts over"
             )
-        return str(found[-1])
+        return str(found)
+
+    # -- going on --
+
+    def check_resume(
+        self, checkpoint: Path, config: Mapping[str, Any], ranks: int, data: str | None
+    ) -> None:
+        """Compare a run with how it is to go on, and print the differences. Changes no file.
+
+        Args:
+            checkpoint: where it goes on from.
+            config: the effective config, as in config.yaml.
+            ranks: processes that train.
+            data: fingerprint of the data, None if it is not known.
+
+        Raises:
+            ValueError: the continuation would not be exact, or would abandon newer checkpoints,
+                and no flag says that this is wanted.
+        """
+        newer = self._newer(checkpoint)
+        whole = [path for path in newer if damage(path) is None]
+        if whole and not self.rewind:
+            names = ", ".join(path.name for path in whole)
+            raise ValueError(
+                f"ckpt_path: {checkpoint} is not the newest checkpoint of {self.path} ({names}); "
+                "continue with --ckpt_path last, or give up what came after with --run.rewind true"
+            )
+        state = read_checkpoint(checkpoint).get("lit_sparse")
+        if state is None:
+            rank_zero_warn(
+                f"{checkpoint} was not written by lit-sparse between two steps: what follows may "
+                "differ from the run that was stopped"
+            )
+            state = {}
+        harmful, harmless = self._differences(checkpoint, config)
+        for what, old, new in (
+            ("number of ranks", state.get("ranks"), ranks),
+            ("content of data.path", state.get("data"), data),
+        ):
+            if None not in (old, new) and old != new:
+                harmful.append(f"{what}: {old} -> {new}")
+        if harmless:
+            print("\n  ".join(["changed, and taken over:", *harmless]), flush=True)
+        if harmful and not self.allow_changes:
+            raise ValueError(
+                "\n  ".join(
+                    [
+                        f"{checkpoint} cannot go on exactly, because this changed:",
+                        *harmful,
+                        "put it back, or go on as another run with --run.allow_changes true",
+                    ]
+                )
+            )
+        if harmful:
+            print("\n  ".join(["changed, no exact continuation:", *harmful]), flush=True)
+
+    def rewind_to(self, checkpoint: Path) -> None:
+        """Leave nothing in the directory that the run did after the checkpoint."""
+        for path in self._newer(checkpoint):
+            abandoned = self.checkpoints / "abandoned"
+            abandoned.mkdir(exist_ok=True)
+            path.replace(abandoned / path.name)
+        if self._holds(checkpoint):
+            events = read_checkpoint(checkpoint).get("lit_sparse", {}).get("events")
+            if events is not None:
+                rewind_events(self.path, events)
+
+    def _holds(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def _newer(self, checkpoint: Path) -> list[Path]:
+        """Checkpoints of this run after the given one; all of them if that is another run's."""
+        found = checkpoints(self.checkpoints)
+        step = checkpoint_step(checkpoint) if self._holds(checkpoint) else None
+        return [p for p in found if step is None or (checkpoint_step(p) or 0) > step]
+
+    def _differences(
+        self, checkpoint: Path, config: Mapping[str, Any]
+    ) -> tuple[list[str], list[str]]:
+        saved = checkpoint.resolve().parent.parent / CONFIG
+        if not saved.is_file():
+            rank_zero_warn(f"{saved} is missing: whether the config changed is not known")
+            return [], []
+        found = changes(yaml.safe_load(saved.read_text()) or {}, config)
+        return (
+            [str(change) for change in found if not change.harmless],
+            [str(change) for change in found if change.harmless and change.key != "ckpt_path"],
+        )

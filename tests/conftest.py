@@ -18,6 +18,12 @@ def _threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Packed corpora and rows of the tests: not in the user's own cache."""
+    os.environ["LIT_SPARSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 ARCHITECTURE = {
     "model_type": "llama",
     "vocab_size": 257,

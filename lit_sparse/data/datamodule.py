@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lit_sparse.data.corpus import Skipped, read_corpus
+from lit_sparse.data.corpora import choose_tokenizer, divide, open_stores, stage_weights
+from lit_sparse.data.documents import Documents
 from lit_sparse.data.loading import (
     Batch,
     RowLoader,
@@ -18,9 +26,9 @@ from lit_sparse.data.loading import (
     ValidationSampler,
 )
 from lit_sparse.data.retrieval import Passkey
-from lit_sparse.data.rows import RowIndex
-from lit_sparse.data.store import TokenStore, bytes_per_token, unigram_bits
-from lit_sparse.data.tokenizer import Tokenizer, load_tokenizer
+from lit_sparse.data.run_index import Packing, RunIndex
+from lit_sparse.data.store import TokenStore, unigram_bits
+from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.training.curriculum import Curriculum
 
 
@@ -28,9 +36,9 @@ class PackedTextDataModule(LightningDataModule):
     """Text packed into rows of equal size, cut to the context length of the curriculum's stage.
 
     A batch is one row: `input_ids`, `position_ids` and `labels` (already shifted, -100 where there
-    is nothing to predict), int64 [1, row_tokens], and `step_tokens`, an int64 scalar: the loss
-    tokens of the whole optimizer step over all ranks and accumulations (in validation those of the
-    row).
+    is nothing to predict), int64 [1, row_tokens]; `step_tokens`, an int64 scalar: the loss tokens
+    of the whole optimizer step over all ranks and accumulations (in validation those of the row);
+    and `source`, an int64 scalar: the place in `path` of the store that the row is from.
 
     One epoch of the trainer is the whole run of the curriculum. `setup` sets the trainer's
     `accumulate_grad_batches` to the rows of a step that fall to one rank, and `max_steps`, where it
@@ -38,18 +46,30 @@ class PackedTextDataModule(LightningDataModule):
     `trainer.distributed_sampler_kwargs`, so a strategy whose ranks share samples (sequence
     parallelism) says so there.
 
+    Stores are memory-mapped. A corpus that is not packed yet is packed into the cache; so are the
+    rows of the run, decided once from stores, curriculum, seed and packing.
+
     Args:
-        path: "stdlib" (Python's own source), a folder, or a file of text or JSON lines.
-        tokenizer: "bytes", or a local Hugging Face directory.
+        path: a store of `lit-sparse pack`, "stdlib" (Python's own source), a folder or file that
+            `lit-sparse pack` reads, or several of them with their shares of the tokens.
+        tokenizer: "bytes", a local Hugging Face directory, or None for the store's own (bytes for a
+            corpus that is not packed yet).
         row_tokens: tokens of a row, at least the curriculum's longest stage.
         rows_per_step: rows of an optimizer step over all ranks, a multiple of their number.
+        packing: "best_fit" places pieces whole and fills what stays free; "concat" cuts them where
+            a row ends.
+        prefer_long: long stages take the long documents.
+        upsample_longer_than, upsample_times: documents of at least so many tokens come so often in
+            an epoch. None: all come once.
         validation_fraction: share of the documents that is kept for validation, in (0, 1).
         validation_rows: rows of a validation pass, at most (fewer if the documents hold less).
         passkey_fraction: share of the training pieces that a passkey is planted in, in [0, 1].
         passkey_recalls: repetitions of the passkey inside such a piece.
-        text_field: key of the text in a line of a `.jsonl` file.
+        text_field: key or column of the text in records of a corpus that is not packed yet.
         seed: of the split, the order and the passkeys.
         num_workers: processes that assemble rows; 0 is the training process itself.
+        cache_dir: where packed corpora and rows are kept; None: $LIT_SPARSE_CACHE or the user's
+            cache folder.
         curriculum: the stages of the run.
         block: keys of an attention block, to check stage lengths against; None checks nothing.
 
@@ -59,10 +79,14 @@ class PackedTextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str = "stdlib",
-        tokenizer: str = "bytes",
+        path: str | dict[str, float] = "stdlib",
+        tokenizer: str | None = None,
         row_tokens: int = 4096,
         rows_per_step: int = 1,
+        packing: Literal["best_fit", "concat"] = "best_fit",
+        prefer_long: bool = True,
+        upsample_longer_than: int | None = None,
+        upsample_times: float = 1.0,
         validation_fraction: float = 0.05,
         validation_rows: int = 8,
         passkey_fraction: float = 0.0,
@@ -70,6 +94,7 @@ class PackedTextDataModule(LightningDataModule):
         text_field: str = "text",
         seed: int = 0,
         num_workers: int = 0,
+        cache_dir: str | None = None,
         curriculum: Curriculum | None = None,
         block: int | None = None,
     ) -> None:
@@ -79,116 +104,139 @@ class PackedTextDataModule(LightningDataModule):
             if not holds:
                 raise ValueError(f"data.{key} must be {rule}, got {value!r}")
 
+        fraction = validation_fraction
         require(row_tokens >= 1, "row_tokens", ">= 1", row_tokens)
         require(rows_per_step >= 1, "rows_per_step", ">= 1", rows_per_step)
-        require(
-            0 < validation_fraction < 1, "validation_fraction", "in (0, 1)", validation_fraction
-        )
+        require(packing in ("best_fit", "concat"), "packing", "best_fit or concat", packing)
+        require(0 < fraction < 1, "validation_fraction", "in (0, 1)", fraction)
         require(validation_rows >= 1, "validation_rows", ">= 1", validation_rows)
         require(0 <= passkey_fraction <= 1, "passkey_fraction", "in [0, 1]", passkey_fraction)
         require(passkey_recalls >= 0, "passkey_recalls", ">= 0", passkey_recalls)
+        require(1 <= upsample_times < math.inf, "upsample_times", ">= 1", upsample_times)
+        longer = upsample_longer_than
+        require(longer is None or longer >= 1, "upsample_longer_than", ">= 1 or null", longer)
         require(seed >= 0, "seed", ">= 0", seed)
         require(num_workers >= 0, "num_workers", ">= 0", num_workers)
         self.path, self.tokenizer, self.text_field = path, tokenizer, text_field
-        self.row_tokens, self.rows_per_step = row_tokens, rows_per_step
-        self.validation_fraction, self.validation_rows = validation_fraction, validation_rows
+        self.packing = Packing(
+            row_tokens=row_tokens,
+            rows_per_step=rows_per_step,
+            method=packing,
+            prefer_long=prefer_long,
+            upsample=None if longer is None else (longer, upsample_times),
+            validation_fraction=fraction,
+            seed=seed,
+        )
+        self.validation_rows = validation_rows
         self.passkey_fraction, self.passkey_recalls = passkey_fraction, passkey_recalls
-        self.seed, self.num_workers = seed, num_workers
+        self.num_workers, self.cache_dir = num_workers, cache_dir
         self.curriculum, self.block = curriculum, block
         self.start_step = 0
         """Optimizer step that training batches start at where no trainer is attached."""
         self.validation_length = curriculum.longest if curriculum is not None else row_tokens
         """Longest piece of the validation rows, in tokens. A change holds from the next pass on."""
-        self._text_tokenizer: Tokenizer | None = None
-        self._passkey: Passkey | None = None
-        self._stores: tuple[TokenStore, TokenStore] | None = None
-        self._skipped = Skipped()
-        self._rows: RowIndex | None = None
-        self._unigram_bits: float | None = None
-        self._bytes_per_token: float | None = None
+        self._run: RunIndex | None = None
 
     # -- what there is --
 
     @property
+    def row_tokens(self) -> int:
+        return self.packing.row_tokens
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.packing.rows_per_step
+
+    @cached_property
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer object, loaded when first asked for: it needs no `setup`."""
-        if self._text_tokenizer is None:
-            self._text_tokenizer = load_tokenizer(self.tokenizer)
-        return self._text_tokenizer
+        return choose_tokenizer(self.path, self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
         return self.text_tokenizer.vocab_size
 
-    @property
+    @cached_property
     def passkey(self) -> Passkey:
         """The retrieval task in the tokens of this tokenizer."""
-        if self._passkey is None:
-            self._passkey = Passkey(self.text_tokenizer, recalls=self.passkey_recalls)
-        return self._passkey
+        return Passkey(self.text_tokenizer, recalls=self.passkey_recalls)
+
+    @cached_property
+    def stores(self) -> dict[str, TokenStore]:
+        """The stores by the names that `path` gives them; packed now if they are not yet."""
+        return open_stores(self.path, self.text_tokenizer, self.text_field, self.cache_dir)
 
     @property
-    def train_store(self) -> TokenStore:
-        return self._read()[0]
+    def store_names(self) -> list[str]:
+        """A short name of each store, for logs: the last part of its path where that tells it."""
+        short = {path: Path(path).name or path for path in self.stores}
+        names = list(short.values())
+        return [name if names.count(name) == 1 else path for path, name in short.items()]
+
+    @cached_property
+    def validation_documents(self) -> list[Documents]:
+        """Of each store, the documents that are kept for validation."""
+        fraction, seed = self.packing.validation_fraction, self.packing.seed
+        return [Documents(store, store.split(fraction, seed)[1]) for store in self.stores.values()]
 
     @property
-    def validation_store(self) -> TokenStore:
-        return self._read()[1]
+    def validation_text(self) -> Documents:
+        """The validation documents of the text with the largest share."""
+        shares = self._weights()[-1]
+        text = [d.store.kind == "text" for d in self.validation_documents]
+        return self.validation_documents[int(np.argmax(np.where(text, shares, -1.0)))]
 
     @property
-    def rows(self) -> RowIndex:
+    def fingerprint(self) -> str:
+        """What decides the tokens of every step: other data, another fingerprint."""
+        parts = [store.fingerprint for store in self.stores.values()]
+        settings = [asdict(self.packing), self._weights().tolist(), self.passkey_fraction]
+        stages = [(stage.length, stage.steps) for stage in self._curriculum().stages]
+        text = json.dumps([parts, settings, self.passkey_recalls, stages], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def run(self) -> RunIndex:
         """All rows of the run. Built by `setup`."""
-        if self._rows is None:
+        if self._run is None:
             raise RuntimeError("PackedTextDataModule.setup() has not run")
-        return self._rows
+        return self._run
 
-    @property
+    @cached_property
     def unigram_bits(self) -> float:
         """Bits per validation token of a model without context; see `unigram_bits`."""
-        if self._unigram_bits is None:
-            self._unigram_bits = unigram_bits(self.train_store, self.validation_store)
-        return self._unigram_bits
+        return unigram_bits(self.validation_text.store, self.validation_text.numbers)
 
     @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the validation text / its tokens (document ends not counted); 1.0 for
-        bytes.
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of the text / its tokens (document ends not counted); 1.0 for bytes. None
+        unless the data is one store of text: bits per byte of a mixture would mean nothing.
         """
-        if self._bytes_per_token is None:
-            self._bytes_per_token = bytes_per_token(self.validation_store, self.text_tokenizer)
-        return self._bytes_per_token
+        store = self.validation_text.store
+        return store.bytes_per_token if len(self.stores) == 1 and store.kind == "text" else None
 
     @property
-    def unigram_bits_per_byte(self) -> float:
-        return self.unigram_bits / self.bytes_per_token
+    def unigram_bits_per_byte(self) -> float | None:
+        """None where `bytes_per_token` is."""
+        return self.unigram_bits / self.bytes_per_token if self.bytes_per_token else None
 
     def describe(self) -> str:
         """What was read, and how much of each stage is as long as the stage asks for."""
-        train, validation = self.train_store, self.validation_store
-        lines = [
-            f"{self.path}: {len(train)} documents of {len(train.tokens):,} tokens for training, "
-            f"{len(validation)} of {len(validation.tokens):,} for validation, {self._skipped}"
-        ]
-        if self._rows is not None and self.curriculum is not None:
-            epochs = len(self._rows) * self.row_tokens / len(train.tokens)
+        lines = []
+        for name, held in zip(self.stores, self.validation_documents, strict=True):
+            store = held.store
             lines.append(
-                f"{len(self._rows):,} rows of {self.row_tokens:,} tokens, {epochs:.2f} epochs"
+                f"{name}: {len(store) - len(held):,} documents for training, {len(held):,} for "
+                f"validation, {store.tokens:,} tokens, {store.manifest.skipped}"
             )
-            first = 0
-            for stage, end in zip(self.curriculum.stages, self.curriculum.ends, strict=True):
-                rows = slice(first * self.rows_per_step, end * self.rows_per_step)
-                share = self._rows.full_share(stage.length, rows)
-                lines.append(
-                    f"steps {first} to {end - 1}: {share:.0%} of the tokens are in pieces of the "
-                    f"full {stage.length:,}"
-                )
-                first = end
+        if self._run is not None:
+            lines += self._run.describe(self.store_names, self._curriculum())
         return "\n".join(lines)
 
     # -- Lightning --
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the corpus and decide all rows (once), and fit the trainer's accumulation to them.
+        """Open the stores and decide all rows (once), and fit the trainer's accumulation to them.
 
         Raises:
             ValueError: the corpus, the curriculum, the rows and the ranks do not go together; the
@@ -197,20 +245,17 @@ class PackedTextDataModule(LightningDataModule):
         curriculum = self._curriculum()
         _, world = self._place()
         self._check_world(world)
-        if self._rows is None:
+        if self._run is None:
             curriculum.check(row_tokens=self.row_tokens, block=self.block)
+            weights = self._weights()
             if self.passkey_fraction and self.passkey.shortest > curriculum.longest:
                 raise ValueError(
                     f"data.passkey_fraction = {self.passkey_fraction}, but a passkey needs pieces "
                     f"of {self.passkey.shortest} tokens and the longest stage has "
                     f"{curriculum.longest}"
                 )
-            self._rows = RowIndex.build(
-                self.train_store.lengths,
-                curriculum,
-                self.row_tokens,
-                self.rows_per_step,
-                self.seed,
+            self._run = RunIndex.build(
+                self.stores, weights, curriculum, self.packing, self.cache_dir
             )
         if len(self._validation_rows()) < world:
             raise ValueError(
@@ -231,8 +276,8 @@ class PackedTextDataModule(LightningDataModule):
             counted = _align(self.trainer, start * self.rows_per_step // world)
         passkey = self.passkey if self.passkey_fraction else None
         return self._loader(
-            TrainingRows(self.train_store, self.rows, passkey, self.passkey_fraction, self.seed),
-            TrainingSampler(len(self.rows), self.rows_per_step, rank, world, start, counted),
+            TrainingRows(self.run, passkey, self.passkey_fraction, self.packing.seed),
+            TrainingSampler(len(self.run), self.rows_per_step, rank, world, start, counted),
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -248,14 +293,6 @@ class PackedTextDataModule(LightningDataModule):
 
     # -- inside --
 
-    def _read(self) -> tuple[TokenStore, TokenStore]:
-        if self._stores is None:
-            corpus = read_corpus(self.path, self.text_field)
-            store = TokenStore.build(corpus, self.text_tokenizer)
-            self._skipped = corpus.skipped
-            self._stores = store.split(self.validation_fraction, self.seed)
-        return self._stores
-
     def _curriculum(self) -> Curriculum:
         if self.curriculum is None:
             raise ValueError(
@@ -263,9 +300,15 @@ class PackedTextDataModule(LightningDataModule):
             )
         return self.curriculum
 
+    def _weights(self) -> np.ndarray:
+        return stage_weights(self.path, self._curriculum())
+
     def _validation_rows(self) -> ValidationRows:
         return ValidationRows(
-            self.validation_store, self.row_tokens, self.validation_rows, self.seed
+            self.validation_documents,
+            divide(self.validation_rows, self._weights()[-1].tolist()),
+            self.row_tokens,
+            self.packing.seed,
         )
 
     def _place(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lit_sparse.data.documents import Documents
 from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows import FILLER, RowIndex, count_fixed_rows, fixed_rows
+from lit_sparse.data.run_index import RunIndex, loss_counter
 from lit_sparse.data.store import TokenStore
 
 IGNORED = -100
@@ -20,13 +22,13 @@ IGNORED = -100
 Batch = dict[str, Tensor]
 
 
-def pack(
+def assemble(
     store: TokenStore,
     rows: RowIndex,
     row: int,
     passkey: Passkey | None = None,
     fraction: float = 0.0,
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
 ) -> Batch:
     """Assemble one row.
 
@@ -40,26 +42,30 @@ def pack(
         seed: not negative.
 
     Returns:
-        input_ids, position_ids (from 0 in each piece) and labels (the next token of the same piece,
-        or -100: already shifted), int64 [1, row_tokens] each.
+        input_ids, position_ids (from 0 in each piece) and labels (the next token of the same piece
+        if it is one to learn, or -100: already shifted), int64 [1, row_tokens] each.
     """
     ids = np.empty(rows.row_tokens, dtype=np.int64)
     positions = np.empty_like(ids)
     labels = np.full_like(ids, IGNORED)
+    drawn = (*seed, row) if isinstance(seed, tuple) else (seed, row)
     at = 0
     for number, (document, start, length) in enumerate(zip(*rows.pieces(row), strict=True)):
         piece = slice(at, at + length)
         if document == FILLER:
             ids[piece] = store.eos_id
         else:
-            begin = store.offsets[document] + start
-            tokens = store.tokens[begin : begin + length]
+            tokens = store.read(document, start, length)
+            mask = store.loss_mask(document, start, length)
             if passkey is not None and fraction > 0 and length >= passkey.shortest:
-                rng = np.random.default_rng((seed, row, number))
+                rng = np.random.default_rng((*drawn, number))
                 if rng.random() < fraction:
                     tokens = passkey.plant(tokens, rng)
             ids[piece] = tokens
-            labels[at : at + length - 1] = ids[at + 1 : at + length]
+            following = ids[at + 1 : at + length]
+            labels[at : at + length - 1] = (
+                following if mask is None else np.where(mask[1:], following, IGNORED)
+            )
         positions[piece] = np.arange(length)
         at += length
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
@@ -67,26 +73,30 @@ def pack(
 
 
 class TrainingRows(Dataset[Batch]):
-    """Row number -> batch. `step_tokens` is of the whole optimizer step that the row belongs to."""
+    """Row number -> batch. `step_tokens` is of the whole optimizer step that the row belongs to.
+
+    Passkeys are planted in text only.
+    """
 
     def __init__(
-        self,
-        store: TokenStore,
-        rows: RowIndex,
-        passkey: Passkey | None = None,
-        fraction: float = 0.0,
-        seed: int = 0,
+        self, run: RunIndex, passkey: Passkey | None = None, fraction: float = 0.0, seed: int = 0
     ) -> None:
-        self.store, self.rows = store, rows
-        self.passkey, self.fraction, self.seed = passkey, fraction, seed
+        self.run, self.passkey, self.fraction, self.seed = run, passkey, fraction, seed
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.run)
 
     def __getitem__(self, row: int) -> Batch:
-        batch = pack(self.store, self.rows, row, self.passkey, self.fraction, self.seed)
-        step_tokens = self.rows.step_tokens(row // self.rows.rows_per_step)
-        return {**batch, "step_tokens": torch.tensor(step_tokens)}
+        source, index, number = self.run.find(row)
+        store = self.run.stores[source]
+        passkey = self.passkey if store.kind == "text" else None
+        batch = assemble(store, index, number, passkey, self.fraction, (self.seed, source))
+        step_tokens = self.run.step_tokens[row // self.run.rows_per_step]
+        return {
+            **batch,
+            "step_tokens": torch.tensor(int(step_tokens)),
+            "source": torch.tensor(source),
+        }
 
 
 class TrainingSampler(Sampler[int]):
@@ -130,27 +140,58 @@ class ValidationRows(Dataset[Batch]):
     """(length, row number) -> batch, with `step_tokens`, the row's own loss tokens.
 
     The row index of a length is built when it is first asked for, in the process that asks.
+
+    Args:
+        documents: of each store of the mixture, those that are kept for validation.
+        shares: rows wanted of each store.
+        row_tokens: tokens of a row.
+        seed: of the choice.
     """
 
-    def __init__(self, store: TokenStore, row_tokens: int, rows: int, seed: int) -> None:
-        self.store, self.row_tokens, self.wanted, self.seed = store, row_tokens, rows, seed
-        self.indices: dict[int, RowIndex] = {}
+    def __init__(
+        self,
+        documents: Sequence[Documents],
+        shares: Sequence[int],
+        row_tokens: int,
+        seed: int,
+    ) -> None:
+        self.documents, self.row_tokens, self.seed = list(documents), row_tokens, seed
+        self.counts = [
+            count_fixed_rows(int(held.lengths.sum()), row_tokens, share) if share else 0
+            for held, share in zip(documents, shares, strict=True)
+        ]
+        self.indices: dict[tuple[int, int], RowIndex] = {}
 
     def __len__(self) -> int:
-        return count_fixed_rows(self.store.lengths, self.row_tokens, self.wanted)
+        return sum(self.counts)
 
-    def rows(self, length: int) -> RowIndex:
-        if length not in self.indices:
-            self.indices[length] = fixed_rows(
-                self.store.lengths, length, self.row_tokens, self.wanted, self.seed
+    def find(self, length: int, row: int) -> tuple[int, RowIndex, int]:
+        """The store's place in the mixture, its row index, and the row's number in that."""
+        source = 0
+        while row >= self.counts[source]:
+            row -= self.counts[source]
+            source += 1
+        if (length, source) not in self.indices:
+            held = self.documents[source]
+            self.indices[length, source] = fixed_rows(
+                held.store.lengths,
+                held.numbers,
+                length,
+                self.row_tokens,
+                self.counts[source],
+                self.seed,
+                truncate=held.store.kind == "chat",
+                count_loss=loss_counter(held.store),
             )
-        return self.indices[length]
+        return source, self.indices[length, source], row
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
-        length, row = key
-        rows = self.rows(length)
-        batch = pack(self.store, rows, row)
-        return {**batch, "step_tokens": torch.tensor(int(rows.loss_tokens[row]))}
+        source, index, row = self.find(*key)
+        return {
+            **assemble(self.documents[source].store, index, row),
+            "step_tokens": torch.tensor(int(index.loss_tokens[row])),
+            "source": torch.tensor(source),
+        }
 
 
 class ValidationSampler(Sampler[tuple[int, int]]):

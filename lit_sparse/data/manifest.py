@@ -11,6 +11,9 @@ from typing import Any
 
 MANIFEST = "lit_sparse.json"
 INDEX = "index"
+TOKENIZER = "tokenizer"
+"""Folder of the store's own tokenizer; one of bytes needs none."""
+BYTES = "bytes"
 PLAN = "plan"
 """Folder of what only the making of a store needs."""
 UNFINISHED = ".packing"

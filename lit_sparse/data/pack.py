@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_sparse.data.manifest import MANIFEST, PLAN, UNFINISHED, Skipped
+from lit_sparse.data.manifest import BYTES, MANIFEST, PLAN, TOKENIZER, UNFINISHED, Skipped
 from lit_sparse.data.reading import Piece, cut
 from lit_sparse.data.sources import Entry, Input, Reading
 from lit_sparse.data.store import TokenStore
@@ -97,6 +97,8 @@ def pack(
         units = tokenise(job, pieces, processes, progress or Progress())
         _check(units, inputs, folder, strict)
         finish(folder, header, units, plan)
+        if tokenizer.name != BYTES:
+            tokenizer.save_pretrained(folder / TOKENIZER)
         _put(folder, out)
     return TokenStore.open(out)
 

@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.documents import Documents
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -117,7 +117,7 @@ class Passkey:
         return (np.arange(count) + 0.5) / count
 
     def prompts(
-        self, store: TokenStore, length: int, count: int, rng: np.random.Generator
+        self, documents: Documents, length: int, count: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, int, np.ndarray]:
         """Prompts to evaluate retrieval on: real text with one statement, then question and answer.
 
@@ -125,7 +125,7 @@ class Passkey:
         documents one after the other (their end tokens left out).
 
         Args:
-            store: where the text comes from.
+            documents: where the text comes from.
             length: tokens of a prompt, the answer included.
             count: prompts; statement i stands at the share `depths(count)[i]` of the text.
             rng: draws text and keys.
@@ -136,7 +136,7 @@ class Passkey:
             answers: int64 [count, answer_tokens].
 
         Raises:
-            ValueError: a prompt is too short for the task, or the store holds too little text.
+            ValueError: a prompt is too short for the task, or they hold too little text.
         """
         text_tokens = length - self.statement_tokens - self.question_tokens
         if text_tokens < 0:
@@ -147,7 +147,7 @@ class Passkey:
         ids = np.empty((count, length), dtype=np.int64)
         answers = np.empty((count, self.answer_tokens), dtype=np.int64)
         for i, depth in enumerate(self.depths(count)):
-            text = _text(store, text_tokens, rng)
+            text = _text(documents, text_tokens, rng)
             answers[i] = self.answer(rng)
             cut = round(float(depth) * text_tokens)
             statement = [self._prefix_ids, answers[i], self._suffix_ids]
@@ -163,16 +163,15 @@ def _apart(tokenizer: Tokenizer, separator: str) -> bool:
     return np.array_equal(np.concatenate(parts), tokenizer.encode(separator.join(["", *digits])))
 
 
-def _text(store: TokenStore, tokens: int, rng: np.random.Generator) -> np.ndarray:
+def _text(documents: Documents, tokens: int, rng: np.random.Generator) -> np.ndarray:
     """A run of `tokens` tokens of text, document ends left out."""
-    sizes = store.lengths - 1
+    sizes = documents.lengths - 1
     windows = np.maximum(sizes - tokens + 1, 0)
     if windows.any():
         # Every window is as likely as any other.
         window = int(rng.integers(windows.sum()))
         document = int(np.searchsorted(np.cumsum(windows), window, side="right"))
-        start = int(store.offsets[document]) + window - int(windows[:document].sum())
-        return store.tokens[start : start + tokens]
+        return documents.read(document, window - int(windows[:document].sum()), tokens)
     if sizes.sum() < tokens:
         raise ValueError(
             f"a passkey prompt needs {tokens} tokens of text, but the documents hold "
@@ -180,8 +179,8 @@ def _text(store: TokenStore, tokens: int, rng: np.random.Generator) -> np.ndarra
         )
     parts: list[np.ndarray] = []
     missing = tokens
-    for document in rng.permutation(len(store)):
-        parts.append(store.document(document)[:-1][:missing])
+    for document in rng.permutation(len(documents)):
+        parts.append(documents.read(document, 0, int(min(sizes[document], missing))))
         missing -= len(parts[-1])
         if not missing:
             break

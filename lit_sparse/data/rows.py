@@ -1,28 +1,31 @@
 """The row index: which pieces of which documents stand in which row of the run.
 
-All rows are decided at once, from document lengths, the curriculum and a seed. Nothing is drawn
-while the run goes on, so the batch of an optimizer step is a look-up, whatever the ranks, workers
-or restarts.
+All rows of a store are decided at once, from document lengths, the stages and a seed. Nothing is
+drawn while the run goes on, so the batch of an optimizer step is a look-up, whatever the ranks,
+workers or restarts.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from lit_sparse.training.curriculum import Curriculum
+from lit_sparse.data.epochs import Demand, Supply
+from lit_sparse.data.packing import PACKINGS
+from lit_sparse.data.row_writer import COLUMNS, FILLER, CountLoss, RowWriter
 
-FILLER = -1
-"""Document number of tokens that only fill a row up; they carry no label."""
+__all__ = ["FILLER", "Demand", "RowIndex", "build_rows", "count_fixed_rows", "fixed_rows"]
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Pieces of documents, row by row.
+    """Pieces of documents, row by row. One that was opened pickles as its path.
 
     Args:
         row_offsets: int64 [rows + 1]; the pieces of row r are `row_offsets[r]:row_offsets[r + 1]`.
@@ -31,7 +34,8 @@ class RowIndex:
         lengths: int64 [pieces], tokens of the piece, at least 1.
         loss_tokens: int64 [rows], labels of each row: a piece of m tokens predicts m - 1 of them.
         row_tokens: tokens of every row.
-        rows_per_step: rows of an optimizer step.
+        summary: what `build_rows` counted.
+        path: the directory that it was opened from.
     """
 
     row_offsets: np.ndarray
@@ -40,7 +44,28 @@ class RowIndex:
     lengths: np.ndarray
     loss_tokens: np.ndarray
     row_tokens: int
-    rows_per_step: int = 1
+    summary: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> RowIndex:
+        """Map the directory that `build_rows` wrote into memory.
+
+        Raises:
+            ValueError: it holds no row index, or a part of one.
+        """
+        path = Path(path)
+        try:
+            columns = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+            summary = json.loads((path / "rows.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} holds no complete row index ({error})") from error
+        return cls(**columns, row_tokens=summary["row_tokens"], summary=summary, path=path)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.path is None:
+            return super().__reduce_ex__(protocol)
+        return RowIndex.open, (self.path,)
 
     def __len__(self) -> int:
         """Rows."""
@@ -51,126 +76,124 @@ class RowIndex:
         at = slice(self.row_offsets[row], self.row_offsets[row + 1])
         return self.documents[at], self.starts[at], self.lengths[at]
 
-    def step_tokens(self, step: int) -> int:
-        """Loss tokens of the optimizer step `step` (from 0), over all ranks and accumulations."""
-        return int(
-            self.loss_tokens[step * self.rows_per_step : (step + 1) * self.rows_per_step].sum()
-        )
-
     def full_share(self, length: int, rows: slice = slice(None)) -> float:
         """Share of the tokens of some rows that stand in a piece of at least `length` tokens."""
         first, last, _ = rows.indices(len(self))
-        lengths = self.lengths[self.row_offsets[first] : self.row_offsets[last]]
-        return float(lengths[lengths >= length].sum() / max(lengths.sum(), 1))
+        at = slice(self.row_offsets[first], self.row_offsets[last])
+        lengths = self.lengths[at]
+        full = lengths[(lengths >= length) & (self.documents[at] != FILLER)]
+        return float(full.sum() / max(lengths.sum(), 1))
 
-    @classmethod
-    def build(
-        cls,
-        lengths: np.ndarray,
-        curriculum: Curriculum,
-        row_tokens: int,
-        rows_per_step: int,
-        seed: int,
-    ) -> RowIndex:
-        """All `curriculum.total_steps * rows_per_step` rows of a run: concatenate and cut.
-
-        The documents stand one after the other in a shuffled order, a new one in every epoch, and
-        row r is the tokens `r * row_tokens` up to `(r + 1) * row_tokens` of that stream. So a row
-        is always full and no token is left out. What stands of a document in a row is cut into
-        pieces of the length of the row's stage, the last one shorter; every piece is a document of
-        its own. Which tokens a row holds does not depend on the curriculum, only how they are cut.
-
-        Args:
-            lengths: tokens of each document [documents].
-            curriculum: gives the steps and the length of each stage.
-            row_tokens: tokens of a row.
-            rows_per_step: rows of an optimizer step.
-            seed: of the order; not negative.
-
-        Raises:
-            ValueError: no document is as long as a stage; the message names the stage's key.
-        """
-        lengths = np.asarray(lengths, dtype=np.int64)
-        corpus = int(lengths.sum())
-        longest = int(lengths.max(initial=0))
-        for i, stage in enumerate(curriculum.stages):
-            if stage.length > longest:
-                raise ValueError(
-                    f"curriculum.stages[{i}].length = {stage.length} tokens, but the longest "
-                    f"training document of data.path has {longest} (the corpus {corpus} in all), "
-                    "so the stage would not train longer contexts; shorten it or add longer "
-                    "documents"
+    def describe(self) -> str:
+        """A line a stage: how much of it is as long as it asks for, what was cut and left free."""
+        lines = []
+        for number, stage in enumerate(self.summary.get("stages", [])):
+            tokens = max(stage["rows"] * self.row_tokens, 1)
+            line = (
+                f"stage {number}: {stage['rows']:,} rows, to epoch {stage['epochs']:.2f}, "
+                f"{stage['full_tokens'] / tokens:.1%} of the tokens in pieces of the full "
+                f"{stage['length']:,}, {stage['filler_tokens'] / tokens:.2%} filler, "
+                f"{stage['cuts']:,} cuts, {stage['documents_cut']:,} of documents that would fit"
+            )
+            if stage["documents_truncated"]:
+                line += (
+                    f", {stage['documents_truncated']:,} documents truncated by "
+                    f"{stage['tokens_truncated']:,} tokens"
                 )
-        rows = curriculum.total_steps * rows_per_step
-        total = rows * row_tokens
-
-        # The stream of documents, as far as the run reads it.
-        epochs = -(-total // corpus)
-        order = np.concatenate(
-            [
-                np.random.default_rng((seed, epoch)).permutation(len(lengths))
-                for epoch in range(epochs)
-            ]
-        )
-        order = order[lengths[order] > 0]
-        begins = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
-        order, begins = order[begins < total], begins[begins < total]
-
-        # Segments: what lies between two ends, of documents or of rows.
-        at = np.union1d(begins, np.arange(rows, dtype=np.int64) * row_tokens)
-        segment = np.diff(np.append(at, total))
-        owner = np.searchsorted(begins, at, side="right") - 1
-        row = at // row_tokens
-        stage_of = np.searchsorted(curriculum.ends, row // rows_per_step, side="right")
-        cap = np.array([stage.length for stage in curriculum.stages], dtype=np.int64)[stage_of]
-
-        # Pieces of a segment: all of the stage's length but the last.
-        count = -(-segment // cap)
-        offsets = np.concatenate([[0], np.cumsum(count)])
-        skipped = (np.arange(offsets[-1]) - np.repeat(offsets[:-1], count)) * np.repeat(cap, count)
-        piece = np.minimum(np.repeat(cap, count), np.repeat(segment, count) - skipped)
-        row_of_piece = np.repeat(row, count)
-        return cls._from_pieces(
-            row_of_piece,
-            rows,
-            np.repeat(order[owner], count),
-            np.repeat(at - begins[owner], count) + skipped,
-            piece,
-            row_tokens,
-            rows_per_step,
-        )
-
-    @classmethod
-    def _from_pieces(
-        cls,
-        row_of_piece: np.ndarray,
-        rows: int,
-        documents: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        row_tokens: int,
-        rows_per_step: int,
-    ) -> RowIndex:
-        labels = np.where(documents == FILLER, 0, lengths - 1)
-        sums = np.concatenate([[0], np.cumsum(labels)])
-        row_offsets = np.searchsorted(row_of_piece, np.arange(rows + 1)).astype(np.int64)
-        return cls(
-            row_offsets=row_offsets,
-            documents=documents,
-            starts=starts,
-            lengths=lengths,
-            loss_tokens=np.diff(sums[row_offsets]).astype(np.int64),
-            row_tokens=row_tokens,
-            rows_per_step=rows_per_step,
-        )
+            lines.append(line)
+        return "\n".join(lines)
 
 
-def count_fixed_rows(lengths: np.ndarray, row_tokens: int, rows: int) -> int:
-    """Rows that `fixed_rows` makes of documents of those lengths: as many at every stage length."""
-    return max(1, min(rows, int(np.sum(lengths)) // row_tokens))
+def build_rows(
+    out: Path | str,
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    demand: Sequence[Demand],
+    row_tokens: int,
+    *,
+    packing: str = "best_fit",
+    seed: int,
+    truncate: bool = False,
+    prefer_long: bool = True,
+    upsample: tuple[int, float] | None = None,
+    count_loss: CountLoss | None = None,
+) -> None:
+    """Write the row index of one store: all rows that the stages ask of it.
+
+    The stages consume the documents epoch by epoch; `lit_sparse.data.epochs.Supply` says in which
+    order, and the functions of `lit_sparse.data.packing` how they become rows. Within an epoch no
+    token is given twice, and over a whole epoch none is left out. Memory does not grow with the
+    rows or the epochs. The result is a function of the arguments, the same bytes everywhere.
+
+    Args:
+        out: directory to write, made if missing; it is complete when the function returns.
+        lengths: tokens of every document of the store [documents of the store].
+        documents: numbers of the documents to use, int64.
+        demand: the stages in order.
+        row_tokens: tokens of a row, at least the longest stage.
+        packing: "best_fit" or "concat".
+        seed: of the order; not negative.
+        truncate: a document longer than the stage's length gives its first `length` tokens only.
+            The packing is "best_fit" then, whatever `packing` says.
+        prefer_long: whether long stages choose long documents.
+        upsample: `(longer_than, times)`: documents of at least `longer_than` tokens stand `times`
+            as often in an epoch.
+        count_loss: loss tokens of pieces; None: length - 1. Called with many pieces at once, never
+            with filler.
+
+    Raises:
+        ValueError: an argument is out of its range, there is no token, or no document is as long as
+            a stage; the message names the key.
+    """
+    supply = Supply(
+        lengths,
+        documents,
+        demand,
+        row_tokens,
+        seed=seed,
+        prefer_long=prefer_long,
+        truncate=truncate,
+        upsample=upsample,
+    )
+    _check(supply, packing)
+    packing = "best_fit" if truncate else packing
+    writer = RowWriter(Path(out), lengths, row_tokens, truncate, count_loss)
+    for number, stage in enumerate(demand):
+        for row, pieces in PACKINGS[packing](supply, number):
+            writer.append(row, pieces, stage.length)
+        writer.end_stage(stage, supply.epochs)
+    writer.close({"packing": packing, "seed": seed})
 
 
-def fixed_rows(lengths: np.ndarray, length: int, row_tokens: int, rows: int, seed: int) -> RowIndex:
+def _check(supply: Supply, packing: str) -> None:
+    if packing not in PACKINGS:
+        raise ValueError(f"data.packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
+    if supply.upsample is not None and supply.upsample[1] < 1:
+        raise ValueError(f"data.upsample: times must be >= 1, got {supply.upsample[1]}")
+    used = supply.lengths[supply.documents]
+    if not used.any():
+        raise ValueError("the training documents of data.path hold no token")
+    for i, stage in enumerate(supply.demand):
+        where = f"curriculum.stages[{i}].length = {stage.length} tokens"
+        if not 1 <= stage.length <= supply.row_tokens:
+            raise ValueError(f"{where}, must be in [1, data.row_tokens = {supply.row_tokens}]")
+
+
+def count_fixed_rows(tokens: int, row_tokens: int, rows: int) -> int:
+    """Rows that `fixed_rows` makes of `tokens` tokens: as many at every stage length."""
+    return max(1, min(rows, tokens // row_tokens))
+
+
+def fixed_rows(
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    length: int,
+    row_tokens: int,
+    rows: int,
+    seed: int,
+    truncate: bool = False,
+    count_loss: CountLoss | None = None,
+) -> RowIndex:
     """Rows to validate on at one context length. No token stands in them twice.
 
     Pieces of the full length come first, drawn over all documents that are long enough; what room
@@ -178,55 +201,71 @@ def fixed_rows(lengths: np.ndarray, length: int, row_tokens: int, rows: int, see
     one row, it is filled up with `FILLER`, which carries no label.
 
     Args:
-        lengths: tokens of each document [documents].
+        lengths: tokens of every document of the store [documents of the store].
+        documents: numbers of the documents to use, int64.
         length: longest piece, in tokens; at most `row_tokens`.
         row_tokens: tokens of a row.
         rows: how many rows at most; there are fewer (but one) if the documents do not hold as many
             tokens.
         seed: of the choice; not negative.
+        truncate, count_loss: as in `build_rows`; pieces are then never cut by the end of a row.
     """
     if not 1 <= length <= row_tokens:
         raise ValueError(
             f"validation_length must be in [1, row_tokens = {row_tokens}], got {length}"
         )
-    lengths = np.asarray(lengths, dtype=np.int64)
-    rows = count_fixed_rows(lengths, row_tokens, rows)
+    used = lengths[documents]
+    rows = count_fixed_rows(int(used.sum()), row_tokens, rows)
+    if truncate:
+        used = np.minimum(used, length)
+    rng = np.random.default_rng((seed, length))
 
-    whole = lengths // length
-    document = np.repeat(np.arange(len(lengths)), whole)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
-    drawn = np.random.default_rng((seed, length)).permutation(len(document))
-    # More full pieces than the rows could hold are of no use, and Python tuples are large.
-    drawn = drawn[: rows * (row_tokens // length + 1)]
-    chosen = zip(document[drawn], number[drawn], strict=True)
-    full = deque((int(d), int(n) * length, length) for d, n in chosen)
-    rest_length = lengths % length
-    by_length = np.argsort(-rest_length, kind="stable")[: np.count_nonzero(rest_length)]
-    by_length = by_length[: rows * row_tokens]
-    rest = deque((int(d), int(whole[d]) * length, int(rest_length[d])) for d in by_length)
+    # Full pieces, numbered through all documents; more than the rows could hold are of no use.
+    ends = np.cumsum(used // length)
+    wanted = min(rows * (row_tokens // length + 1), int(ends[-1]))
+    drawn = rng.choice(int(ends[-1]), wanted, replace=False) if wanted else np.zeros(0, np.int64)
+    owner = np.searchsorted(ends, drawn, side="right")
+    start = (drawn - ends[owner] + used[owner] // length) * length
+    full = deque((int(d), int(s), length) for d, s in zip(documents[owner], start, strict=True))
+    # The longest remainders, as many as there are tokens of room at most.
+    rest_length = used % length
+    most = min(rows * row_tokens, int(np.count_nonzero(rest_length)))
+    by_length = np.argsort(-rest_length, kind="stable")[:most]
+    rest = deque(
+        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in by_length
+    )
 
     row_of_piece: list[int] = []
     pieces: list[tuple[int, int, int]] = []
     for row in range(rows):
         room = row_tokens
         while room:
-            if full and (room >= length or not rest):
-                source = full
-            elif rest:
-                source = rest
-            else:
-                rest.append((FILLER, 0, room))
-                continue
-            document_, start, tokens = source.popleft()
+            document, first, tokens = _next(full, rest, room, length, truncate)
             taken = min(tokens, room)
-            if taken < tokens:
-                rest.appendleft((document_, start + taken, tokens - taken))
-            if document_ == FILLER:
-                taken = min(taken, length)
-            pieces.append((document_, start, taken))
+            if taken < tokens and document != FILLER:
+                rest.appendleft((document, first + taken, tokens - taken))
+            pieces.append((document, first, taken))
             row_of_piece.append(row)
             room -= taken
-    columns = np.array(pieces, dtype=np.int64)
-    return RowIndex._from_pieces(
-        np.array(row_of_piece), rows, columns[:, 0], columns[:, 1], columns[:, 2], row_tokens, 1
-    )
+    document_of, start_of, length_of = np.array(pieces, dtype=np.int64).T
+    row_offsets = np.searchsorted(row_of_piece, np.arange(rows + 1)).astype(np.int64)
+    real = document_of != FILLER
+    labels = np.where(real, length_of - 1, 0)
+    if count_loss is not None:
+        labels[real] = count_loss(document_of[real], start_of[real], length_of[real])
+    loss_tokens = np.add.reduceat(labels, row_offsets[:-1])
+    return RowIndex(row_offsets, document_of, start_of, length_of, loss_tokens, row_tokens)
+
+
+Piece = tuple[int, int, int]
+
+
+def _next(full: deque[Piece], rest: deque[Piece], room: int, length: int, whole: bool) -> Piece:
+    """The piece that a row with `room` takes next; if `whole`, one that is not cut by its end."""
+    if full and (room >= length or not (rest or whole)):
+        return full.popleft()
+    for i, piece in enumerate(rest):
+        if not whole or piece[2] <= room:
+            del rest[i]
+            return piece
+    return FILLER, 0, length

@@ -1,14 +1,17 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
 from lit_sparse.models.build import build_model
+from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
 from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
 from lit_sparse.models.sparsify import (
     Observation,
+    budget_of,
     dense_attention,
     is_sparse,
     law_of,
     observe,
+    set_budget,
     set_dense,
     sparsify,
     unsparsify,
@@ -21,16 +24,22 @@ __all__ = [
     "Documents",
     "Law",
     "Observation",
+    "RopeOrigin",
     "attention_layers",
+    "budget_of",
     "build_model",
+    "check_rule",
     "check_support",
     "dense_attention",
+    "extend_context",
     "find_documents",
     "find_models",
     "is_sparse",
     "law_of",
     "observe",
     "rope_parameters",
+    "rule_parameters",
+    "set_budget",
     "set_dense",
     "set_max_positions",
     "set_rope",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -15,7 +16,9 @@ from torch import nn
 from lit_sparse.models.support import require_known
 
 _COMMON = frozenset({"rope_type", "rope_theta"})
-_KEYS: dict[str, frozenset[str]] = {
+# What another rope_type takes over.
+_OF_THE_MODEL = ("rope_theta", "partial_rotary_factor")
+KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor"}),
@@ -73,30 +76,76 @@ def set_rope(model: nn.Module, **parameters: Any) -> None:
         ValueError: an unknown rope_type, a key that the type does not read, one that it needs and
             lacks, or a value out of range. The model is then unchanged.
     """
-    current = rope_parameters(model)
-    kind = parameters.get("rope_type", current["rope_type"])
-    if kind not in _KEYS:
-        raise ValueError(f"no rope_type {kind!r}; there are {', '.join(_KEYS)}")
-    allowed = _COMMON | _KEYS[kind]
-    unknown = sorted(set(parameters) - allowed)
+    positions = _config(model).max_position_embeddings
+    wanted = merged_rope(rope_parameters(model), parameters, positions)
+    replace_rope(model, wanted, positions)
+
+
+def merged_rope(
+    current: Mapping[str, Any], given: Mapping[str, Any], positions: int
+) -> dict[str, Any]:
+    """All RoPE parameters where `given` ones change the `current`, as `set_rope` has it.
+
+    `positions` is the context in tokens that a type which scales an original context starts from,
+    unless one of the two says so.
+    """
+    kind = given.get("rope_type", current["rope_type"])
+    if kind not in KEYS:
+        raise ValueError(f"no rope_type {kind!r}; there are {', '.join(KEYS)}")
+    allowed = _COMMON | KEYS[kind]
+    unknown = sorted(set(given) - allowed)
     if unknown:
         raise ValueError(
             f"rope_type {kind!r} has no parameter {', '.join(unknown)}; it has "
             f"{', '.join(sorted(allowed))}"
         )
-    kept = current if kind == current["rope_type"] else {"rope_theta": current["rope_theta"]}
-    wanted = {**kept, **parameters, "rope_type": kind}
-    _check_numbers(wanted)
+    kept = current
+    if kind != current["rope_type"]:
+        kept = {key: current[key] for key in _OF_THE_MODEL if key in current}
+    wanted = {**kept, **given, "rope_type": kind}
+    if "original_max_position_embeddings" in allowed:
+        wanted.setdefault("original_max_position_embeddings", positions)
+    return wanted
+
+
+def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int) -> None:
+    """Give the model these RoPE parameters, all of them, and max_position_embeddings.
+
+    ValueError, and the model unchanged, where transformers could not build it so.
+    """
+    require_known(model)
+    _check_numbers(parameters)
     trial = copy.deepcopy(_config(model))
-    trial.rope_parameters = wanted
+    trial.rope_parameters = copy.deepcopy(dict(parameters))
+    trial.max_position_embeddings = positions
     try:
         trial.standardize_rope_params()
         trial.validate_rope()
         rotary = _build_rotary(model, trial)
     except KeyError as error:
-        raise ValueError(f"rope_type {kind!r}: {error.args[0]}") from error
-    _config(model).rope_parameters = trial.rope_parameters
+        raise ValueError(f"rope_type {parameters['rope_type']!r}: {error.args[0]}") from error
+    rotates = rotary_dimensions(model)
+    if cast(Any, rotary).inv_freq.numel() * 2 != rotates:
+        raise ValueError(
+            f"rope_type {parameters['rope_type']!r} would rotate "
+            f"{cast(Any, rotary).inv_freq.numel() * 2} dimensions of a head, but the model rotates "
+            f"{rotates} (partial_rotary_factor: {parameters.get('partial_rotary_factor')})"
+        )
+    config = _config(model)
+    config.rope_parameters = trial.rope_parameters
+    config.max_position_embeddings = positions
     _install(model, rotary)
+
+
+def rotary_dimensions(model: nn.Module) -> int:
+    """Dimensions of a head that RoPE rotates: head_dim, or the part of it that the model says."""
+    return 2 * cast(Any, model).base_model.rotary_emb.inv_freq.numel()
+
+
+def scales_by_positions(parameters: Mapping[str, Any]) -> bool:
+    """Whether the frequencies depend on the config's max_position_embeddings."""
+    kind = parameters["rope_type"]
+    return kind == "dynamic" or (kind in ("yarn", "longrope") and parameters.get("factor") is None)
 
 
 def set_max_positions(model: nn.Module, n: int) -> None:
@@ -108,20 +157,20 @@ def set_max_positions(model: nn.Module, n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"max_position_embeddings must be a positive number of tokens, got {n!r}")
     current = rope_parameters(model)
-    kind = current["rope_type"]
     config = _config(model)
     if n == config.max_position_embeddings:
         return
-    if kind == "dynamic" or (kind in ("yarn", "longrope") and current.get("factor") is None):
+    if scales_by_positions(current):
         raise ValueError(
-            f"rope_type {kind!r} scales relative to max_position_embeddings here: another value "
-            "would change the frequencies; set a factor or another rope_type with set_rope first"
+            f"rope_type {current['rope_type']!r} scales relative to max_position_embeddings here: "
+            "another value would change the frequencies; set a factor or another rope_type with "
+            "set_rope first"
         )
     config.max_position_embeddings = n
     _install(model, _build_rotary(model, config))
 
 
-def _check_numbers(parameters: dict[str, Any]) -> None:
+def _check_numbers(parameters: Mapping[str, Any]) -> None:
     # transformers only warns about these, or computes NaN.
     for key, least in (("rope_theta", 0.0), ("factor", 1.0)):
         value = parameters.get(key)

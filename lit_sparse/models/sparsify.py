@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -89,7 +90,7 @@ def sparsify(
         state = ModelState(law, backend)
     else:
         # The same object: observers of the model go on observing it.
-        state.law, state.backend = law, backend
+        state.law, state.own_budget, state.backend = law, law.budget, backend
     names = layer_names(model)
     for layer, module in modules:
         setattr(module, NAME, LayerState(layer, names[layer], state))
@@ -121,6 +122,28 @@ def is_sparse(model: nn.Module) -> bool:
 def law_of(model: nn.Module) -> Law:
     """The law of a sparsified model; ValueError if it is not one."""
     return _require_state(model).law
+
+
+def set_budget(model: nn.Module, budget: Budget | None) -> None:
+    """Change the budget of the layers of a sparsified model that have none of their own, in place.
+
+    The model's config follows. None gives them back the budget of `sparsify`. Cheap: nothing is
+    registered again; a compiled graph is compiled anew once for each law.
+    """
+    state = _require_state(model)
+    law = replace(state.law, budget=budget or state.own_budget)
+    if law == state.law:
+        return
+    state.law = law
+    for _, module in attention_layers(model):
+        cast(LayerState, layer_state(module)).read_model()
+    setattr(_transformers(model).config, CONFIG_KEY, law.to_dict())
+
+
+def budget_of(model: nn.Module) -> Budget:
+    """What layers of a sparsified model without a budget of their own obey at the moment."""
+    state = _require_state(model)
+    return Budget.dense() if state.dense else state.law.budget
 
 
 def set_dense(model: nn.Module, dense: bool) -> None:

@@ -112,6 +112,8 @@ class ModelState:
 
     def __init__(self, law: Law, backend: str | None = None) -> None:
         self.law = law
+        self.own_budget = law.budget
+        """The budget that `sparsify` was given; `set_budget` changes the law's for a while."""
         self.backend = backend
         self.dense = False
         self.observers: list[tuple[Observer, frozenset[int] | None]] = []
@@ -149,11 +151,15 @@ class LayerState:
     model: ModelState
 
     def __post_init__(self) -> None:
+        self.number = _constant(self.layer)
+        self.read_model()
+
+    def read_model(self) -> None:
+        """Take over the model's law."""
         law = self.model.law
         own = replace(law, budget=law.of(self.layer), layers={})
         self._sparse = json.dumps(own.to_dict())
         self._dense = json.dumps(replace(own, budget=Budget.dense()).to_dict())
-        self.number = _constant(self.layer)
 
     @property
     def law(self) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_sparse.training.curriculum import Curriculum, Stage
+from lit_sparse.training.curriculum import Curriculum, Doubling, Stage
 
 if TYPE_CHECKING:
     from lit_sparse.training.module import SparseLM
 
-__all__ = ["Curriculum", "SparseLM", "Stage"]
+__all__ = ["Curriculum", "Doubling", "SparseLM", "Stage"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.models import build_model
+from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
 
 
@@ -25,7 +26,7 @@ class SparseLM(LightningModule):
     Args:
         pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
         architecture: transformers config of a new model: `model_type` and its keys.
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule, where the curriculum's stage sets none.
         min_learning_rate: end of the cosine, as a share of the peak.
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
@@ -33,6 +34,9 @@ class SparseLM(LightningModule):
         gradient_checkpointing: compute activations again in the backward instead of keeping them.
         loss_chunk: tokens whose logits exist at a time.
     """
+
+    applies_stage_learning_rates = True
+    """Asked for by `ContextCurriculum` where a stage sets a learning rate."""
 
     def __init__(
         self,
@@ -75,6 +79,10 @@ class SparseLM(LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
+    @property
+    def _store_names(self) -> list[str]:
+        return getattr(self._datamodule, "store_names", [])
+
     def token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of loss tokens of one packed row."""
         hidden = self.model.base_model(
@@ -106,17 +114,30 @@ class SparseLM(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total, count = self.token_loss(batch)
-        self._validation += torch.stack([total.double(), count.double()]).to(self._validation)
+        # One line for each store of a mixture; batches of others' data modules are of one.
+        source = int(batch["source"]) if "source" in batch else 0
+        self._validation[source] += torch.stack([total.double(), count.double()])
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+        stores = max(1, len(self._store_names))
+        self._validation = torch.zeros(stores, 2, dtype=torch.float64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         # By tokens over all rows and ranks: a mean of row means would favour rows of many short
         # pieces.
-        total, count = cast(Tensor, self.all_gather(self._validation)).view(-1, 2).sum(0)
+        sums = (
+            cast(Tensor, self.all_gather(self._validation)).view(-1, *self._validation.shape).sum(0)
+        )
+        total, count = sums.sum(0)
         loss = (total / count.clamp(min=1)).float()
         self.log("val/loss", loss)
+        length = getattr(self._datamodule, "validation_length", None)
+        if length is not None:
+            # val/loss jumps where a stage starts: a curve of one length compares with itself.
+            self.log(f"val_by_length/{length}", loss)
+        if len(sums) > 1:
+            for name, (store_total, store_count) in zip(self._store_names, sums, strict=True):
+                self.log(f"val_by_store/{name}", (store_total / store_count.clamp(min=1)).float())
         bytes_per_token = getattr(self._datamodule, "bytes_per_token", None)
         if bytes_per_token is not None:
             self.log("val/bits_per_byte", loss / (math.log(2) * bytes_per_token))
@@ -139,7 +160,13 @@ class SparseLM(LightningModule):
         ]
         optimizer = AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"])
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, lambda step: self._learning_rate_share(step, steps))
+        curriculum, default = find_curriculum(self.trainer), self.hparams["learning_rate"]
+
+        def share(step: int) -> float:
+            peak = default if curriculum is None else curriculum.learning_rate(step, default)
+            return self._learning_rate_share(step, steps) * (peak / default)
+
+        schedule = LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _learning_rate_share(self, step: int, steps: int) -> float:

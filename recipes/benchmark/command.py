@@ -1,4 +1,4 @@
-"""The command line of `lit-sparse benchmark`: arguments, the two jobs, what is printed."""
+"""The command line of `lit-sparse benchmark`: arguments, the jobs, what is printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from lit_sparse.recipes.benchmark import attention, cuda, cuda_report, plot, selection, tune
+from lit_sparse.recipes.benchmark import (
+    attention,
+    cuda,
+    cuda_report,
+    data,
+    plot,
+    selection,
+    tune,
+)
 from lit_sparse.recipes.benchmark.clock import Clock, cuda_environment
 from lit_sparse.recipes.benchmark.options import (
     DEFAULT_SECONDS,
@@ -20,6 +28,7 @@ from lit_sparse.recipes.benchmark.options import (
     attention_parser,
     budget,
     check_common,
+    data_parser,
     selection_parser,
     which,
 )
@@ -64,7 +73,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# -- the two jobs --
+# -- the jobs --
 
 
 def _run_attention(options: argparse.Namespace, machine: Report) -> tuple[Report, list[str]]:
@@ -189,10 +198,18 @@ def _run_selection(options: argparse.Namespace, _: Report) -> tuple[Report, list
     return {**law, **result}, lines
 
 
+def _run_data(options: argparse.Namespace, _: Report) -> tuple[Report, list[str]]:
+    for name in ("megabytes", "documents", "processes"):
+        at_least_one(name, getattr(options, name))
+    report = data.run(options.megabytes, options.documents, options.processes, _progress)
+    return report, [*data.lines(report), ""]
+
+
 Run = Callable[[argparse.Namespace, Report], tuple[Report, list[str]]]
 JOBS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Run]] = {
     "attention": (attention_parser, _run_attention),
     "selection": (selection_parser, _run_selection),
+    "data": (data_parser, _run_data),
 }
 
 

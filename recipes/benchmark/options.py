@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ PROGRAM = "lit-sparse benchmark"
 DESCRIPTIONS = {
     "attention": "Time sparse attention, selection included, against dense attention.",
     "selection": "Measure how much attention mass each selection rule misses in a model.",
+    "data": "Time tokenising, the row index and the loader, and measure their memory.",
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -112,6 +114,27 @@ def selection_parser() -> _Parser:
     return parser
 
 
+def data_parser() -> _Parser:
+    parser = _bare_parser("data")
+    add = parser.add_argument
+    add("--megabytes", type=int, default=48, help="text to tokenise (default: %(default)s)")
+    add(
+        "--documents",
+        type=int,
+        default=10_000_000,
+        help="documents of the row index (default: %(default)s)",
+    )
+    add(
+        "--processes",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        help="processes that tokenise (default: %(default)s)",
+    )
+    return parser
+
+
 def _defaults(name: str) -> str:
     on = {device: values[name.replace("-", "_")] for device, values in DEFAULTS.items()}
     texts = {
@@ -130,14 +153,8 @@ def which(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _parser(what: str, **law: Any) -> _Parser:
-    """What both jobs take; `law` sets the defaults that they do not share."""
-    others = " or ".join(f"--what {job} --help" for job in DESCRIPTIONS if job != what)
-    parser = _Parser(
-        prog=f"{PROGRAM} --what {what}",
-        description=DESCRIPTIONS[what],
-        epilog=f"The other job: {PROGRAM} {others}.",
-        allow_abbrev=False,
-    )
+    """What the jobs about attention take; `law` sets the defaults that they do not share."""
+    parser = _bare_parser(what)
     default = {name: getattr(Budget(), name) for name in ("sink", "local", "late")} | law
     kinds: dict[str, tuple[Callable[[str], Any], str]] = {
         "alpha": (float, "factor of k(n) = alpha * n^exponent, keys"),
@@ -156,8 +173,20 @@ def _parser(what: str, **law: Any) -> _Parser:
     add("--tile", type=int, help="queries of a tile (default: by query heads a key-value head)")
     dtype = _defaults("dtype") if what == "attention" else "default: float32"
     add("--dtype", choices=DTYPES, help=f"({dtype})")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    add("--json", type=Path, metavar="PATH", help="write all numbers here")
+    return parser
+
+
+def _bare_parser(what: str) -> _Parser:
+    """What every job takes."""
+    others = " or ".join(f"--what {job}" for job in DESCRIPTIONS if job != what)
+    parser = _Parser(
+        prog=f"{PROGRAM} --what {what}",
+        description=DESCRIPTIONS[what],
+        epilog=f"The other jobs: {PROGRAM} {others}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers here")
     return parser
 
 
@@ -165,9 +194,9 @@ def check_common(options: argparse.Namespace) -> None:
     if options.threads is not None:
         at_least_one("threads", options.threads)
     try:
-        check_power_of_two("--block", options.block)
-        if options.tile is not None:
-            check_power_of_two("--tile", options.tile)
+        for name in ("block", "tile"):
+            if getattr(options, name, None) is not None:
+                check_power_of_two(f"--{name}", getattr(options, name))
     except ValueError as error:
         raise BadArgument(str(error)) from error
     if options.json is not None and not options.json.parent.is_dir():

@@ -332,7 +332,7 @@ def _documents(task: Task, model: Any) -> tuple[list[Tensor], list[str]]:
     try:
         # Its defaults make the split that a training run keeps for validation.
         data = PackedTextDataModule(path=task.data, tokenizer=tokenizer, row_tokens=task.length)
-        store = data.validation_store
+        (held,) = data.validation_documents
     except ValueError as error:
         raise BadArgument(str(error)) from error
     known = model.get_input_embeddings().num_embeddings
@@ -341,19 +341,19 @@ def _documents(task: Task, model: Any) -> tuple[list[Tensor], list[str]]:
             f"--model {task.model} knows {known} tokens, its tokenizer "
             f"{'' if own else '(bytes, as the directory has none) '}{data.vocab_size}"
         )
-    whole = store.lengths // task.length
+    whole = held.lengths // task.length
     document = np.repeat(np.arange(len(whole)), whole)
     piece = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
     if not len(document):
         raise BadArgument(
             f"--length {task.length}: the longest validation document of --data {task.data} has "
-            f"{int(store.lengths.max(initial=0))} tokens"
+            f"{int(held.lengths.max(initial=0))} tokens"
         )
     chosen = np.random.default_rng(SEED).permutation(len(document))[: task.documents]
     texts, names = [], []
     for at in chosen:
         begin = int(piece[at]) * task.length
-        tokens = store.document(int(document[at]))[begin : begin + task.length]
+        tokens = held.read(int(document[at]), begin, task.length)
         texts.append(torch.from_numpy(tokens.astype(np.int64)))
-        names.append(f"{store.names[document[at]]}[{begin}:{begin + task.length}]")
+        names.append(f"{held.name(int(document[at]))}[{begin}:{begin + task.length}]")
     return texts, names

@@ -145,11 +145,8 @@ def test_monitor_state_survives_a_checkpoint():
     monitor = CollapseMonitor(patience=1)
     with pytest.warns(UserWarning, match="concentration"):
         _judge(monitor, [0.5, 0.01])
-    torch.randperm(5, generator=monitor._generator)
     other = CollapseMonitor(patience=1)
     other.load_state_dict(monitor.state_dict())
-    draws = [torch.randperm(99, generator=m._generator) for m in (monitor, other)]
-    assert torch.equal(*draws)
     _judge(other, [0.01])  # known already: no second warning
     assert other._alerted == monitor._alerted
 

@@ -8,8 +8,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_sparse import Budget
-from lit_sparse.callbacks import CollapseMonitor, DenseGapMonitor, SparseAttention, Throughput
-from lit_sparse.models import is_sparse, law_of
+from lit_sparse.callbacks import (
+    CollapseMonitor,
+    ContextCurriculum,
+    DenseGapMonitor,
+    SparseAttention,
+    Throughput,
+)
+from lit_sparse.models import is_sparse, law_of, rope_parameters
+from lit_sparse.training import Stage
 
 BUDGET = Budget(alpha=1, exponent=0.5, floor=32, sink=8)
 
@@ -93,6 +100,20 @@ def test_a_module_of_ones_own_trains_and_logs(architecture, tmp_path):
     masses = [scalar.value for scalar in events.Scalars("gap/captured_mass")]
     assert len(set(masses)) == 3  # Lightning repeats the last value between measurements
     assert all(0 < mass < 1 for mass in masses)
+
+
+def test_a_module_of_ones_own_goes_through_stages(architecture, tmp_path):
+    module, first = TheirModule(architecture), Budget(alpha=2, exponent=0.5, floor=64, sink=8)
+    stages = [Stage(256, 3, budget=first), Stage(1024, 3, rope={"rule": "linear"})]
+    logger = TensorBoardLogger(tmp_path, version="")
+    # A validation, at the end of each stage, leaves the stage's budget alone.
+    trainer = _trainer([ContextCurriculum(stages), _plugin()], logger=logger)
+    trainer.fit(module, _batches(), _batches(1))
+    assert law_of(module.model).budget == BUDGET
+    assert rope_parameters(module.model)["factor"] == 2
+    events = EventAccumulator(trainer.log_dir).Reload()
+    assert [e.value for e in events.Scalars("curriculum/budget")] == [64, 64, 64, 32, 32, 32]
+    assert [e.value for e in events.Scalars("curriculum/length")] == [256] * 3 + [1024] * 3
 
 
 def test_monitors_do_not_change_training(architecture):

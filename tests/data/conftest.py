@@ -1,6 +1,40 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lit_sparse.data.documents import Documents
+from lit_sparse.data.pack import pack
+from lit_sparse.data.store import TokenStore
+from lit_sparse.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture
+def store_of(tmp_path: Path) -> Callable[..., TokenStore]:
+    """Packs texts as bytes: store_of("one document", "another")."""
+    made = 0
+
+    def make(*texts: str) -> TokenStore:
+        nonlocal made
+        made += 1
+        lines = [json.dumps({"text": text}) for text in texts]
+        source = tmp_path / f"texts{made}.jsonl"
+        source.write_text("\n".join(lines))
+        return pack([source], ByteTokenizer(), tmp_path / f"store{made}")
+
+    return make
+
+
+@pytest.fixture
+def documents_of(store_of) -> Callable[..., Documents]:
+    """The same, as all documents of the store."""
+
+    def make(*texts: str) -> Documents:
+        return Documents(store_of(*texts), np.arange(len(texts)))
+
+    return make
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from lit_sparse.data import ByteTokenizer, Corpus, HFTokenizer, Passkey, TokenStore
+from lit_sparse.data import ByteTokenizer, HFTokenizer, Passkey
 
 TOKENIZER = ByteTokenizer()
 TEXT = TOKENIZER.encode("abcdefghij " * 100)
@@ -59,19 +59,15 @@ def test_short_pieces_are_left_alone():
     assert len(keys(passkey.plant(TEXT[: passkey.shortest], rng))) == 2
 
 
-def store_of(*texts: str) -> TokenStore:
-    return TokenStore.build(Corpus([str(i) for i in range(len(texts))], list(texts)), TOKENIZER)
-
-
 @pytest.mark.parametrize("texts", [["lorem ipsum " * 200], ["dolor sit "] * 90])
-def test_prompts_state_the_key_at_even_depths_and_end_with_it(texts):
+def test_prompts_state_the_key_at_even_depths_and_end_with_it(documents_of, texts):
     passkey = Passkey(TOKENIZER)
-    store = store_of(*texts)
-    ids, start, answers = passkey.prompts(store, 500, 8, np.random.default_rng(0))
+    documents = documents_of(*texts)
+    ids, start, answers = passkey.prompts(documents, 500, 8, np.random.default_rng(0))
     assert ids.shape == (8, 500)
     assert start == 500 - passkey.answer_tokens
     assert np.array_equal(ids[:, start:], answers)
-    assert store.eos_id not in ids
+    assert TOKENIZER.eos_id not in ids
     text_tokens = 500 - passkey.statement_tokens - passkey.question_tokens
     for i, row in enumerate(ids):
         (place, key), (_, asked) = keys(row)
@@ -80,12 +76,12 @@ def test_prompts_state_the_key_at_even_depths_and_end_with_it(texts):
     assert len({tuple(answer) for answer in answers}) == 8
 
 
-def test_prompts_that_cannot_be_made_say_so():
+def test_prompts_that_cannot_be_made_say_so(documents_of):
     passkey = Passkey(TOKENIZER)
     with pytest.raises(ValueError, match=r"needs at least \d+ tokens, got length = 10"):
-        passkey.prompts(store_of("x" * 100), 10, 1, np.random.default_rng(0))
+        passkey.prompts(documents_of("x" * 100), 10, 1, np.random.default_rng(0))
     with pytest.raises(ValueError, match="documents hold 100"):
-        passkey.prompts(store_of("x" * 60, "y" * 40), 1000, 1, np.random.default_rng(0))
+        passkey.prompts(documents_of("x" * 60, "y" * 40), 1000, 1, np.random.default_rng(0))
 
 
 def test_a_tokenizer_that_joins_digits_gets_them_apart(tmp_path):

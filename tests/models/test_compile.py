@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_sparse.budget import Budget
-from lit_sparse.models import documents, observe, set_dense, sparsify
+from lit_sparse.models import documents, observe, set_budget, set_dense, sparsify
 
 BUDGET = Budget.fixed(96, sink=16, local=0.25)
 LENGTH = 192
@@ -99,6 +99,10 @@ def test_the_law_at_the_moment(llama, tokens):
     sparsify(llama, Budget.fixed(128, sink=16), layers={1: Budget.dense()}, block=32)
     case.check(ids)
     assert case.graphs == 3
+    for budget in (Budget.fixed(32, sink=16), None):
+        set_budget(llama, budget)
+        case.check(ids)
+    assert case.graphs == 4
 
 
 def test_dense_forward_only(one_layer, tokens):

@@ -11,10 +11,12 @@ from lit_sparse.budget import Budget
 from lit_sparse.models import (
     Law,
     attention_layers,
+    budget_of,
     dense_attention,
     is_sparse,
     law_of,
     observe,
+    set_budget,
     set_dense,
     sparsify,
     unsparsify,
@@ -71,6 +73,25 @@ def test_again_replaces_the_law(tiny, tokens):
     assert model.config.sparse_attention["layers"] == {}
     # Without a budget the law is the one in the config, here the same again.
     assert law_of(sparsify(model)) == Law(Budget.dense(), {}, block=32, tile=16)
+
+
+def test_another_budget_for_a_while(tiny, tokens):
+    ids, other, own = tokens(1, 300), Budget.fixed(32, sink=16), {1: Budget.fixed(64, sink=16)}
+    model = sparsify(tiny(), BUDGET, layers=own, block=16, tile=16)
+    with torch.no_grad():
+        before = model(ids).logits
+        set_budget(model, other)
+        expected = sparsify(tiny(), other, layers=own, block=16, tile=16)(ids).logits
+        assert not torch.equal(expected, before)
+        assert torch.equal(model(ids).logits, expected)
+        assert law_of(model) == Law(other, own, block=16, tile=16)
+        assert law_of(model).to_dict() == model.config.sparse_attention
+        set_dense(model, True)
+        assert (law_of(model).budget, budget_of(model)) == (other, Budget.dense())
+        set_dense(model, False)
+        set_budget(model, None)
+        assert budget_of(model) == BUDGET
+        assert torch.equal(model(ids).logits, before)
 
 
 def test_base_model(tiny, tokens):

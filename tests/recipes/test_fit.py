@@ -206,6 +206,7 @@ def test_unreadable_and_empty_files_are_counted_not_fatal(config, corpus, capsys
 def test_an_unsupported_model_names_layer_and_feature(config, tmp_path, capfd):
     other = tmp_path / "mistral.yaml"
     architecture = {"model_type": "mistral", "sliding_window": 64, "num_hidden_layers": 2}
+    architecture |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     other.write_text(yaml.safe_dump({"model": {"architecture": architecture}}))
     assert main(["fit", "--config", config, "--config", str(other)]) == 2
     error = capfd.readouterr().err

@@ -1,0 +1,101 @@
+"""Trains on real ranks and writes down which rows each of them saw, at which optimizer step.
+
+`python ranks.py CORPUS OUT RANKSxWORKERS...` imports everything once and forks the ranks, gloo
+processes of Lightning's DDP. OUT/RANKSxWORKERS/RANK.json gets a list of [step, hash of the tokens].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+
+from lit_sparse.data import PackedTextDataModule
+from lit_sparse.training.curriculum import Curriculum, Stage
+
+
+class Recorder(LightningModule):
+    """Keeps what it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, str]] = []
+
+    def training_step(self, batch, batch_idx):
+        digest = hashlib.sha256()
+        for key in sorted(batch):
+            digest.update(batch[key].numpy().tobytes())
+        self.seen.append((self.trainer.global_step, digest.hexdigest()))
+        return self.weight * batch["input_ids"].float().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def train(corpus: str, out: Path, rank: int, world: int, workers: int) -> None:
+    data = PackedTextDataModule(
+        corpus,
+        row_tokens=256,
+        rows_per_step=4,
+        validation_fraction=0.2,
+        passkey_fraction=0.5,
+        seed=5,
+        num_workers=workers,
+        curriculum=Curriculum([Stage(64, 3), Stage(256, 3)]),
+    )
+    model = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        default_root_dir=out,
+    )
+    trainer.fit(model, datamodule=data)
+    (out / f"{rank}.json").write_text(json.dumps(model.seen))
+
+
+def main(corpus: str, out: Path, cases: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    for case in cases:
+        world, workers = map(int, case.split("x"))
+        folder = out / case
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world}
+                os.environ |= {key: str(value) for key, value in ranks.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                try:
+                    train(corpus, folder, rank, world, workers)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        if any(os.waitpid(child, 0)[1] for child in children):
+            sys.exit(f"a rank of {case} failed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,296 @@
+"""A run that is killed and continued is the run that was not, bit for bit. Real processes, real
+signals.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import Forked
+
+from lit_sparse.training.checkpoint import checkpoint_step, checkpoints
+
+STAGES = [{"length": length, "steps": 8} for length in (64, 128, 256)]
+MONITORS = {
+    "Throughput": {},
+    "CollapseMonitor": {"every_n_steps": 3, "rows": 8, "min_context": 8, "patience": 2},
+    "DenseGapMonitor": {"every_n_steps": 5, "rows": 8, "min_context": 8, "validation_batches": 1},
+    "PasskeyEval": {"prompts": 1, "generate": False},
+    "StageReport": {},
+}
+CONFIG = {
+    "model": {
+        "architecture": {
+            "model_type": "llama",
+            "vocab_size": 257,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": None,
+            "eos_token_id": 256,
+        },
+        "learning_rate": 0.01,
+        "warmup_steps": 4,
+    },
+    "sparse_attention": {
+        "budget": {"alpha": 2.0, "floor": 32, "sink": 16},
+        "block": 16,
+        "tile": 16,
+    },
+    "curriculum": {"stages": STAGES, "validate_every": 12},
+    "checkpoint": {"every_n_steps": 3},
+    "data": {
+        "path": "corpus",
+        "row_tokens": 256,
+        "rows_per_step": 2,
+        "validation_rows": 1,
+        "validation_fraction": 0.2,
+        "passkey_fraction": 0.5,
+    },
+    "trainer": {
+        "accelerator": "cpu",
+        "gradient_clip_val": 1.0,
+        # Not every step: what is shown then was logged in other steps.
+        "log_every_n_steps": 2,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
+WALL_CLOCK = ("train/tokens_per_second", "train/memory_gib")
+
+
+@pytest.fixture(scope="module")
+def command():
+    forked = Forked()
+    yield forked
+    forked.close()
+
+
+@pytest.fixture(scope="module")
+def home(command, tmp_path_factory):
+    """A directory with a corpus, two configs, and under runs/ a run of each that nothing happened
+    to: "whole" has all monitors, "lean" draws no figures, which take most of the time.
+    """
+    directory = tmp_path_factory.mktemp("resume")
+    (directory / "corpus").mkdir()
+    for i in range(12):
+        lines = [f"def value_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
+        (directory / "corpus" / f"{i:02d}.py").write_text("".join(lines))
+    for name, monitors in (("whole", MONITORS), ("lean", {"StageReport": {}})):
+        callbacks = [
+            {"class_path": f"lit_sparse.callbacks.{monitor}", "init_args": keys}
+            for monitor, keys in monitors.items()
+        ]
+        config = {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": callbacks}}
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert command.run(fit(name, name), directory) == 0, log(directory)
+    return directory
+
+
+def fit(config, name, *more):
+    return ["fit", "--config", f"{config}.yaml", "--run.name", name, *more]
+
+
+def resume(config, name, *more):
+    return fit(config, name, "--ckpt_path", "last", *more)
+
+
+def shown(run):
+    """All that TensorBoard shows, in the order of the files: (tag, x, kind and value)."""
+    found = []
+    for path in sorted(run.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime_ns):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag not in WALL_CLOCK:
+                    found.append((value.tag, event.step, value.SerializeToString()))
+    return found
+
+
+def assert_same_run(run, whole):
+    ours, theirs = (torch.load(checkpoints(r / "checkpoints")[-1]) for r in (run, whole))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"):
+        assert_equal(ours[key], theirs[key], key)
+    assert [entry[:2] for entry in shown(run)] == [entry[:2] for entry in shown(whole)]
+    assert shown(run) == shown(whole)
+    ours, theirs = (json.loads((r / "stages.json").read_text()) for r in (run, whole))
+    for row in ours + theirs:
+        for key in ("tokens_per_second", *WALL_CLOCK):
+            row.pop(key, None)
+    assert ours == theirs
+
+
+def assert_equal(ours, theirs, where):
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_equal(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+def wait_for_step(run, step, seconds=60):
+    """Wait until a checkpoint of this step or a later one is there."""
+    end = time.monotonic() + seconds
+    while not any(checkpoint_step(p) >= step for p in checkpoints(run / "checkpoints")):
+        assert time.monotonic() < end, "the run has not come this far"
+        time.sleep(0.002)
+
+
+def copy_of_lean(home, name):
+    return shutil.copytree(home / "runs" / "lean", home / "runs" / name)
+
+
+def log(home):
+    return (home / "log").read_text()
+
+
+def test_killed_in_every_stage(command, home):
+    run = home / "runs" / "killed"
+    folder = run / "checkpoints"
+    # Any seed must do; this one makes a failure easy to repeat.
+    chance = random.Random(4)
+    for stage in range(3):
+        after, delay = stage * 8 + chance.randrange(1, 5), chance.uniform(0, 0.3)
+        pid = command.start(resume("whole", "killed") if stage else fit("whole", "killed"), home)
+        wait_for_step(run, after)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+        newest = checkpoints(folder)[-1]
+        print(f"killed {delay:.3f} s after a checkpoint from step {after} on; newest: {newest}")
+    # Once more, while it writes its first checkpoint.
+    assert command.run(resume("whole", "killed"), home, die_in_write=0) == -signal.SIGKILL
+    assert len(list(folder.glob(".*.tmp"))) == 1
+    assert checkpoints(folder)[-1] == newest
+    assert command.run(resume("whole", "killed"), home) == 0, log(home)
+    assert not list(folder.glob(".*"))
+    assert_same_run(run, home / "runs" / "whole")
+
+
+def test_the_checkpoints_are_those_of_stage_ends_and_the_newest(home):
+    names = [p.name for p in checkpoints(home / "runs" / "whole" / "checkpoints")]
+    assert names == [f"step={n}.ckpt" for n in (8, 15, 16, 18, 21, 24)]
+
+
+def test_curves_have_no_fold(home):
+    curves = {}
+    for tag, x, _ in shown(home / "runs" / "whole"):
+        curves.setdefault(tag, []).append(x)
+    assert curves["train/loss"] == list(range(1, 24, 2))
+    del curves["epoch"]  # Lightning shows it with the step and once more with its validation
+    assert all(xs == sorted(set(xs)) for xs in curves.values())
+
+
+def test_told_to_stop_it_stops_after_the_step(command, home):
+    run = home / "runs" / "stopped"
+    for number, begin, step in (
+        (signal.SIGTERM, fit("lean", "stopped"), 3),
+        (signal.SIGINT, resume("lean", "stopped"), 12),
+    ):
+        pid = command.start(begin, home)
+        wait_for_step(run, step)
+        time.sleep(0.05)
+        os.kill(pid, number)
+        assert command.wait() == 128 + number
+        assert f"{number.name}: stopping after this step" in log(home)
+        assert "go on with the same command and --ckpt_path last" in log(home)
+        newest = torch.load(checkpoints(run / "checkpoints")[-1])
+        batches = newest["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        assert batches["ready"] == batches["completed"] == 2 * newest["global_step"] < 48
+    assert command.run(resume("lean", "stopped"), home) == 0, log(home)
+    assert_same_run(run, home / "runs" / "lean")
+
+
+def test_damaged_checkpoints_are_passed_over(command, home):
+    run = copy_of_lean(home, "damaged")
+    *_, older, newer, newest = checkpoints(run / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    content = bytearray(newer.read_bytes())
+    content[len(content) // 2] ^= 1
+    newer.write_bytes(content)
+    assert command.run(resume("lean", "damaged"), home) == 0, log(home)
+    warned = next(line for line in log(home).splitlines() if "damaged: " in line)
+    assert all(path.name in warned for path in (older, newer, newest))
+    assert_same_run(run, home / "runs" / "lean")
+
+    for path in checkpoints(run / "checkpoints"):
+        path.write_bytes(b"")
+    assert command.run(resume("lean", "damaged"), home) == 2
+    assert "holds no whole checkpoint" in log(home)
+
+
+def test_an_older_checkpoint_abandons_the_newer_ones_on_a_flag_only(command, home):
+    run = copy_of_lean(home, "rewound")
+    older = ["--ckpt_path", "runs/rewound/checkpoints/step=16.ckpt"]
+    before = shown(run)
+    assert command.run(fit("lean", "rewound", *older), home) == 2
+    assert "not the newest checkpoint" in log(home)
+    assert "--run.rewind true" in log(home)
+    assert shown(run) == before
+    assert command.run(fit("lean", "rewound", *older, "--run.rewind", "true"), home) == 0, log(home)
+    abandoned = sorted(p.name for p in (run / "checkpoints" / "abandoned").iterdir())
+    assert abandoned == ["step=18.ckpt", "step=21.ckpt", "step=24.ckpt"]
+    assert_same_run(run, home / "runs" / "lean")
+
+
+def test_a_changed_config_is_shown_and_refused_where_it_matters(command, home):
+    run = copy_of_lean(home, "changed")
+    checkpoints(run / "checkpoints")[-1].unlink()
+    config, events = (run / "config.yaml").read_text(), shown(run)
+    change = ["--model.learning_rate", "0.02", "--checkpoint.keep", "5"]
+    assert command.run(resume("lean", "changed", *change), home) == 2
+    said = log(home)
+    assert "checkpoint.keep: 3 -> 5" in said.split("changed, and taken over:")[-1]
+    assert "model.learning_rate: 0.01 -> 0.02" in said.split("cannot go on exactly")[-1]
+    assert "--run.allow_changes true" in said
+    assert ((run / "config.yaml").read_text(), shown(run)) == (config, events)
+    allowed = [*change, "--run.allow_changes", "true"]
+    assert command.run(resume("lean", "changed", *allowed), home) == 0, log(home)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["learning_rate"] == 0.02
+
+
+@pytest.mark.slow
+def test_with_two_ranks_in_fresh_processes(home):
+    """The console script under DDP: killed, told to stop, and continued."""
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.validation_rows", "2"]
+
+    def start(arguments):
+        command = [sys.executable, "-m", "lit_sparse", *arguments, *ranks]
+        with open(home / "log", "ab") as output:
+            return subprocess.Popen(
+                command, cwd=home, stdout=output, stderr=output, start_new_session=True
+            )
+
+    assert start(fit("whole", "ranks")).wait() == 0, log(home)
+    run = home / "runs" / "ranks_killed"
+    first = start(fit("whole", "ranks_killed"))
+    wait_for_step(run, 3)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    second = start(resume("whole", "ranks_killed"))
+    wait_for_step(run, 9)
+    os.kill(second.pid, signal.SIGTERM)  # rank 0 alone: the other must stop with it
+    assert second.wait() == 128 + signal.SIGTERM
+    assert start(resume("whole", "ranks_killed")).wait() == 0, log(home)
+    assert_same_run(run, home / "runs" / "ranks")
