@@ -1,6 +1,4 @@
 import json
-import sys
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,37 +169,40 @@ def test_input_without_a_document_and_strict(tmp_path):
         pack([tmp_path / "b.jsonl"], BYTES, tmp_path / "x.packing")
 
 
-def test_conversations_keep_which_tokens_are_learnt(tmp_path, monkeypatch):
-    class ChatEncoder:
-        """Learns what the assistant says; wants the user to speak first."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
-        def __init__(self, tokenizer):
-            self.tokenizer = tokenizer
 
-        def encode_many(self, conversations):
-            return [self.encode(messages) for messages in conversations]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_conversations_keep_which_tokens_are_learnt(tmp_path, monkeypatch, processes):
+    from transformers import AutoTokenizer
 
-        def encode(self, messages):
-            if messages[0]["role"] != "user":
-                return ValueError("the assistant speaks first")
-            parts = [self.tokenizer.encode(message["content"]) for message in messages]
-            learnt = [message["role"] == "assistant" for message in messages]
-            ids = np.concatenate(parts)
-            return SimpleNamespace(ids=ids, loss=np.repeat(learnt, list(map(len, parts))))
-
-    module = ModuleType("lit_sparse.data.chat")
-    module.ChatEncoder = ChatEncoder
-    monkeypatch.setitem(sys.modules, "lit_sparse.data.chat", module)
-    user, assistant = ({"role": role, "content": role} for role in ("user", "assistant"))
-    conversations = [[user, assistant], [assistant, user], [user, assistant, user], "text"]
+    monkeypatch.setattr(pack_module, "UNIT_BYTES", 150)
+    BYTES.save_pretrained(tmp_path / "tokenizer")
+    inner = AutoTokenizer.from_pretrained(tmp_path / "tokenizer", local_files_only=True)
+    inner.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    inner.chat_template = CHATML
+    inner.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    user, assistant = ({"role": role, "content": f"I {role}"} for role in ("user", "assistant"))
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "you"}]
+    conversations = [[user, assistant], [assistant, user], [user, assistant, user], shared, "text"]
     lines = [json.dumps({"turns": messages}) for messages in conversations]
-    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
-    store = pack([tmp_path / "chat.jsonl"], BYTES, tmp_path / "s", chat=True, messages="turns")
-    assert (store.kind, len(store)) == ("chat", 2)
-    assert BYTES.decode(store.read(1)) == "userassistantuser"
-    assert BYTES.decode(store.read(1)[store.loss_mask(1)]) == "assistant"
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join(lines))
+    options = {"chat": True, "messages": "turns", "processes": processes}
+    store = pack([source], tokenizer, tmp_path / "store", **options)
+    assert (store.kind, len(store)) == ("chat", 3)
+    turns = "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in (user, assistant)
+    )
+    assert tokenizer.decode(store.read(0)) == turns
+    learnt = [tokenizer.decode(store.read(i)[store.loss_mask(i)]) for i in range(3)]
+    assert learnt == ["I assistant<|im_end|>", "I assistant<|im_end|>", "you<|im_end|>"]
     assert store.manifest.skipped.counts == {
         "the assistant speaks first": 1,
         "field 'turns' no list of messages": 1,
     }
-    assert store.bytes_per_token == 1.0
+    assert store.manifest.text_bytes == len("I userI assistant" * 2 + "I user" + "hiyou")
