@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         if not options.inputs:
             parser.error("give at least one INPUT: a file, a folder, or 'stdlib'")
         return _pack(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk, too, is no reason for a traceback
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         print(f"lit-sparse: error: {error}", file=sys.stderr)

@@ -47,10 +47,7 @@ def describe(store: TokenStore) -> str:
         ("files", f"{size / 2**20:,.1f} MiB in {len(manifest.shards)} shards"),
         ("tokenizer", f"{manifest.tokenizer} ({store.vocab_size:,} ids, end {store.eos_id})"),
         ("fingerprint", store.fingerprint),
-        *(
-            ("input", f"{i['path']} ({i['files']:,} files)")
-            for i in manifest.plan.get("inputs", [])
-        ),
+        *(("input", f"{i['path']} ({i['files']:,} files)") for i in inputs),
         ("skipped", str(manifest.skipped)),
     ]
     lines = [f"{key:12} {value}" for key, value in facts]

@@ -23,14 +23,14 @@ VERSION = 1
 LENGTHS, OFFSETS, KEYS, COUNTS, BATCHES = "lengths", "offsets", "keys", "counts", "batches"
 BATCH_FIELDS = [
     ("shard", "<i4"),
-    ("number", "<i4"),
     ("document", "<i8"),
     ("token", "<i8"),
+    ("start", "<i8"),
+    ("stop", "<i8"),
     ("crc", "<u4"),
-    ("loss_crc", "<u4"),
 ]
-"""A record batch: its shard, its number there, its first document and token in the store, and the
-crc32 of its token bytes and of its loss bytes (0 where there are none)."""
+"""A record batch: its shard, its first document and token in the store, its bytes in the shard's
+file from `start` to `stop`, and the crc32 of these."""
 
 EXAMPLES = 3
 """Names of skipped documents kept for each reason."""
@@ -140,6 +140,16 @@ class Manifest:
         for key in ("shards", "index"):
             fields[key] = tuple(File(**entry) for entry in fields[key])
         return cls(**fields)
+
+
+def arrow_schema(kind: str, dtype: str) -> Any:
+    """Columns of a shard."""
+    import pyarrow as pa
+
+    ids = pa.large_list(pa.from_numpy_dtype(dtype))
+    columns = [("name", pa.string()), ("input_ids", ids)]
+    # Not bool, which Arrow packs into bits: numpy could not view it.
+    return pa.schema(columns + [("loss", pa.large_list(pa.uint8()))] * (kind == "chat"))
 
 
 def sha256(path: Path) -> str:

@@ -96,9 +96,9 @@ def pack(
         job = Job(folder, header, reading, _encoder(tokenizer, chat))
         units = tokenise(job, pieces, processes, progress or Progress())
         _check(units, inputs, folder, strict)
-        finish(folder, header, units, plan)
         if tokenizer.name != BYTES:
             tokenizer.save_pretrained(folder / TOKENIZER)
+        finish(folder, header, units, plan)
         _put(folder, out)
     return TokenStore.open(out)
 

@@ -122,8 +122,8 @@ def _batches(
 def _text_bytes(value: Any) -> int:
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="replace"))
-    if isinstance(value, Mapping):
-        return _text_bytes(value.get("content"))
+    if isinstance(value, Mapping):  # a message, or a part of its content
+        return sum(_text_bytes(value.get(key)) for key in ("content", "value", "text"))
     return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
 
 

@@ -27,7 +27,10 @@ from lit_sparse.data.manifest import (
     File,
     Manifest,
     Skipped,
+    arrow_schema,
 )
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 BATCH_TOKENS = 1 << 20
 """A record batch is closed when it holds as many. A document never spans two."""
@@ -81,18 +84,12 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, number: int, header: Header) -> None:
-        import pyarrow as pa
-
-        self._pa = pa
         self._folder, self._number, self._header = folder, number, header
-        fields = [("name", pa.string()), ("input_ids", pa.large_list(_arrow(header.dtype)))]
-        if header.kind == "chat":
-            fields.append(("loss", pa.large_list(pa.uint8())))
-        self._schema = pa.schema(fields)
+        self._schema = arrow_schema(header.kind, header.dtype.name)
         self._end = np.array([header.eos_id], dtype=header.dtype)
         self._temporary = folder / f"{_name(number)}.{os.getpid()}.tmp"
         self._file = self._temporary.open("wb")
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
+        self._file.write(self._schema.serialize())
         self._names: list[str] = []
         self._ids: list[np.ndarray] = []
         self._loss: list[np.ndarray] = []
@@ -136,7 +133,7 @@ class ShardWriter:
         """Complete the shard. A shard without documents leaves no file."""
         if self._names:
             self._flush()
-        self._stream.close()
+        self._file.write(_END_OF_STREAM)
         _sync(self._file)
         shard = None
         if self.documents:
@@ -164,7 +161,8 @@ class ShardWriter:
         return unit
 
     def _flush(self) -> None:
-        pa = self._pa
+        import pyarrow as pa
+
         documents = len(self._names)
         first = self.documents - documents
         lengths = np.frombuffer(self._lengths[first:], dtype=np.int64)
@@ -181,15 +179,15 @@ class ShardWriter:
             pa.array(self._names, pa.string()),
             pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
         ]
-        loss_crc = 0
         if self._header.kind == "chat":
-            loss = np.concatenate(self._loss).astype(np.uint8)
-            loss_crc = zlib.crc32(loss.data)
-            columns.append(pa.LargeListArray.from_arrays(offsets, pa.array(loss)))
-        batch = len(self._batches)
-        token = self.tokens - self._pending
-        self._batches.append((0, batch, first, token, zlib.crc32(ids.data), loss_crc))
-        self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
+            loss = pa.array(np.concatenate(self._loss).astype(np.uint8))
+            columns.append(pa.LargeListArray.from_arrays(offsets, loss))
+        # A message of Arrow's stream format; written here, its bytes are known.
+        message = pa.record_batch(columns, schema=self._schema).serialize()
+        start = self._file.tell()
+        self._file.write(message)
+        place = (0, first, self.tokens - self._pending, start, start + message.size)
+        self._batches.append((*place, zlib.crc32(message)))
         self._names, self._ids, self._loss, self._pending = [], [], [], 0
 
 
@@ -318,12 +316,6 @@ def _name(number: int) -> str:
 
 def _arrays(folder: Path, number: int) -> Path:
     return folder / PLAN / f"{_name(number)}.npz"
-
-
-def _arrow(dtype: np.dtype) -> Any:
-    import pyarrow as pa
-
-    return pa.from_numpy_dtype(dtype)
 
 
 def _sync(file: Any, close: bool = True) -> None:

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from lit_sparse.data import ByteTokenizer, HFTokenizer, load_tokenizer
-from lit_sparse.data import tokenizer as tokenizer_module
+from lit_sparse.data.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
 
 TEXT = "naïve 日本語 🙂\r\n\ttab \x00 \u00a0 don't  stop\n\n"
 
@@ -54,15 +53,29 @@ def test_a_document_cannot_smuggle_in_a_control_token(saved):
     assert load_tokenizer(saved).encode(spelled).tolist() == list(spelled.encode())
 
 
-def test_a_huge_document_is_tokenised_in_chunks_that_lose_nothing(saved, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "CHUNK", 50)
-    text = "def f(x):\n    return x\n\nclass A:\n    pass\n" * 9 + "x" * 170 + "\n" + TEXT
-    chunks = list(tokenizer_module._chunks(text))
-    assert "".join(chunks) == text
-    assert max(map(len, chunks)) <= 50
-    assert chunks[0].endswith("\n")
-    assert not chunks[1][0].isspace()
-    assert load_tokenizer(saved).encode(text).tolist() == list(text.encode())
+def test_a_fingerprint_is_that_of_the_content(saved, tmp_path):
+    tokenizer = load_tokenizer(saved)
+    tokenizer.save_pretrained(tmp_path / "moved")
+    moved = load_tokenizer(tmp_path / "moved")
+    assert (moved.fingerprint, moved.name) == (tokenizer.fingerprint, str(tmp_path / "moved"))
+    moved.inner("padded", padding="max_length", max_length=9, truncation=True)
+    moved.save_pretrained(tmp_path / "padding")
+    assert load_tokenizer(tmp_path / "padding").fingerprint == tokenizer.fingerprint
+    tokenizer.inner.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert load_tokenizer(tmp_path / "other").fingerprint != tokenizer.fingerprint
+    assert ByteTokenizer().fingerprint != tokenizer.fingerprint
+
+
+def test_ids_with_gaps_are_below_the_vocabulary_size(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 70000, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 70001
+    assert tokenizer.encode("b").tolist() == [70000]
 
 
 def test_what_is_no_tokenizer_names_its_key(tmp_path):
