@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from lit_sparse.data.workers import Progress
+from lit_sparse.data.stores.workers import Progress
 
 _LOG_SECONDS = 10
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from lit_sparse.data.pack import pack
+    from lit_sparse.data.stores.pack import pack
     from lit_sparse.data.tokenizer import load_tokenizer
 
     try:
@@ -117,14 +117,14 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _describe(path: str) -> int:
-    from lit_sparse.data.store import TokenStore
+    from lit_sparse.data.stores.store import TokenStore
 
     print(TokenStore.open(path).describe())
     return 0
 
 
 def _verify(path: str) -> int:
-    from lit_sparse.data.store import TokenStore
+    from lit_sparse.data.stores.store import TokenStore
 
     try:
         store = TokenStore.open(path)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_sparse.data.documents import Documents
-from lit_sparse.data.mixture import schedule
 from lit_sparse.data.retrieval import Passkey
-from lit_sparse.data.rows import FILLER, RowIndex
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.rows.index import FILLER, RowIndex
+from lit_sparse.data.rows.mixture import schedule
+from lit_sparse.data.stores.store import TokenStore
 from lit_sparse.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from lit_sparse.data.datamodule import PackedTextDataModule
-    from lit_sparse.data.pack import pack
+    from lit_sparse.data.stores.pack import pack
 
 __all__ = [
     "FILLER",
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Lightning and Arrow take long to import, and everything else here does without.
     if name == "pack":
-        from lit_sparse.data.pack import pack
+        from lit_sparse.data.stores.pack import pack
 
         return pack
     if name == "PackedTextDataModule":

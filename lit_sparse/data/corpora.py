@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from lit_sparse.data.cache import cached
-from lit_sparse.data.manifest import MANIFEST, TOKENIZER, UNFINISHED
-from lit_sparse.data.mixture import check_weights
-from lit_sparse.data.pack import pack
-from lit_sparse.data.sources import inputs_fingerprint
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.rows.mixture import check_weights
+from lit_sparse.data.stores.manifest import MANIFEST, TOKENIZER, UNFINISHED
+from lit_sparse.data.stores.pack import pack
+from lit_sparse.data.stores.sources import inputs_fingerprint
+from lit_sparse.data.stores.store import TokenStore
 from lit_sparse.data.tokenizer import Tokenizer, load_tokenizer
 from lit_sparse.training.curriculum import Curriculum
 

@@ -26,8 +26,8 @@ from lit_sparse.data.loading import (
     ValidationSampler,
 )
 from lit_sparse.data.retrieval import Passkey
-from lit_sparse.data.run_index import Packing, RunIndex
-from lit_sparse.data.store import TokenStore, unigram_bits
+from lit_sparse.data.rows.run import Packing, RunIndex
+from lit_sparse.data.stores.store import TokenStore, unigram_bits
 from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.training.curriculum import Curriculum
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.stores.store import TokenStore
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_sparse.data.documents import Documents
 from lit_sparse.data.retrieval import Passkey
-from lit_sparse.data.rows import FILLER, RowIndex, count_fixed_rows, fixed_rows
-from lit_sparse.data.run_index import RunIndex, loss_counter
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.rows.index import FILLER, RowIndex
+from lit_sparse.data.rows.run import RunIndex, loss_counter
+from lit_sparse.data.rows.validation import count_fixed_rows, fixed_rows
+from lit_sparse.data.stores.store import TokenStore
 
 IGNORED = -100
 """Label of a token that has nothing to predict."""

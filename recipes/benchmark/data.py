@@ -177,8 +177,7 @@ def _child(task: Report, threads: int = 1) -> Report:
 
 
 def _do_pack(task: Report) -> Report:
-    from lit_sparse.data import load_tokenizer
-    from lit_sparse.data.pack import pack
+    from lit_sparse.data import load_tokenizer, pack
 
     tokenizer = load_tokenizer(task["tokenizer"])
     begin = time.perf_counter()
@@ -199,8 +198,8 @@ def _do_bare(task: Report) -> Report:
 
 
 def _do_rows(task: Report) -> Report:
-    from lit_sparse.data.epochs import Demand
-    from lit_sparse.data.rows import RowIndex, build_rows
+    from lit_sparse.data.rows.epochs import Demand
+    from lit_sparse.data.rows.index import RowIndex, build_rows
 
     lengths = np.random.default_rng(SEED).lognormal(6.0, 1.4, task["documents"])
     lengths = np.clip(lengths, 1, 1_000_000).astype(np.int64)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_sparse.data import pack
 from lit_sparse.data.documents import Documents
-from lit_sparse.data.pack import pack
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.stores.store import TokenStore
 from lit_sparse.data.tokenizer import ByteTokenizer
 
 

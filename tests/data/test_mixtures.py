@@ -8,8 +8,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from lit_sparse.data import ByteTokenizer, PackedTextDataModule, load_tokenizer
-from lit_sparse.data.pack import pack
+from lit_sparse.data import ByteTokenizer, PackedTextDataModule, load_tokenizer, pack
 from lit_sparse.training.curriculum import Curriculum, Stage
 
 CHATML = (

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from lit_sparse.cli import main
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.stores.store import TokenStore
 
 # Packs in small units, and stops for good before the fourth is complete.
 HELD = """
 import sys, time
 from lit_sparse import cli
-from lit_sparse.data import pack, writer
+from lit_sparse.data.stores import pack, writer
 
 pack.UNIT_BYTES = 5000
 close = writer.ShardWriter.close
@@ -69,7 +69,7 @@ def test_a_packing_that_was_killed_continues_to_the_same_store(tmp_path, lines, 
 def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path, lines):
     script = tmp_path / "held.py"
     script.write_text(
-        "from lit_sparse.data import pack\n"
+        "from lit_sparse.data.stores import pack\n"
         "from lit_sparse.data.tokenizer import ByteTokenizer\n"
         "import os, sys, time\n"
         "class Slow(ByteTokenizer):\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lit_sparse.data.epochs import Runs, Supply
+from lit_sparse.data.rows.epochs import Runs, Supply
 
 POOL_PIECES = 2**17
 """Pieces that are held at once, about. It bounds the memory of the packing."""

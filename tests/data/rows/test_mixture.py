@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lit_sparse.data.mixture import check_weights, schedule
+from lit_sparse.data.rows.mixture import check_weights, schedule
 
 
 def deviation(weights: np.ndarray, rows: np.ndarray, stores: np.ndarray) -> float:

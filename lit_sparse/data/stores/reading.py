@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.data.manifest import Skipped
-from lit_sparse.data.sources import Entry, Reading
+from lit_sparse.data.stores.manifest import Skipped
+from lit_sparse.data.stores.sources import Entry, Reading
 
 # Rows read at once.
 _ROWS = 256

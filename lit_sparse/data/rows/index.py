@@ -8,7 +8,6 @@ workers or restarts.
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_sparse.data.epochs import Demand, Supply, longest
-from lit_sparse.data.packing import PACKINGS
-from lit_sparse.data.row_writer import COLUMNS, FILLER, CountLoss, RowWriter
-
-__all__ = ["FILLER", "Demand", "RowIndex", "build_rows", "count_fixed_rows", "fixed_rows"]
+from lit_sparse.data.rows.epochs import Demand, Supply
+from lit_sparse.data.rows.packing import PACKINGS
+from lit_sparse.data.rows.writer import COLUMNS, FILLER, CountLoss, RowWriter
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,10 @@ def build_rows(
 ) -> None:
     """Write the row index of one store: all rows that the stages ask of it.
 
-    The stages consume the documents epoch by epoch; `lit_sparse.data.epochs.Supply` says in which
-    order, and the functions of `lit_sparse.data.packing` how they become rows. Within an epoch no
-    token is given twice, and over a whole epoch none is left out. Memory does not grow with the
-    rows or the epochs. The result is a function of the arguments, the same bytes everywhere.
+    The stages consume the documents epoch by epoch; `epochs.Supply` says in which order, and the
+    functions of `packing` how they become rows. Within an epoch no token is given twice, and over
+    a whole epoch none is left out. Memory does not grow with the rows or the epochs. The result is
+    a function of the arguments, the same bytes everywhere.
 
     Args:
         out: directory to write, made if missing; it is complete when the function returns.
@@ -177,96 +174,3 @@ def _check(supply: Supply, packing: str) -> None:
         where = f"curriculum.stages[{i}].length = {stage.length} tokens"
         if not 1 <= stage.length <= supply.row_tokens:
             raise ValueError(f"{where}, must be in [1, data.row_tokens = {supply.row_tokens}]")
-
-
-def count_fixed_rows(tokens: int, row_tokens: int, rows: int) -> int:
-    """Rows that `fixed_rows` makes of `tokens` tokens: as many at every stage length."""
-    return max(1, min(rows, tokens // row_tokens))
-
-
-def fixed_rows(
-    lengths: np.ndarray,
-    documents: np.ndarray,
-    length: int,
-    row_tokens: int,
-    rows: int,
-    seed: int,
-    truncate: bool = False,
-    count_loss: CountLoss | None = None,
-) -> RowIndex:
-    """Rows to validate on at one context length. No token stands in them twice.
-
-    Pieces of the full length come first, drawn over all documents that are long enough; what room
-    they leave is taken by the longest of the other pieces. If the documents hold fewer tokens than
-    one row, it is filled up with `FILLER`, which carries no label.
-
-    Args:
-        lengths: tokens of every document of the store [documents of the store].
-        documents: numbers of the documents to use, int64.
-        length: longest piece, in tokens; at most `row_tokens`.
-        row_tokens: tokens of a row.
-        rows: how many rows at most; there are fewer (but one) if the documents do not hold as many
-            tokens.
-        seed: of the choice; not negative.
-        truncate, count_loss: as in `build_rows`; pieces are then never cut by the end of a row.
-    """
-    if not 1 <= length <= row_tokens:
-        raise ValueError(
-            f"validation_length must be in [1, row_tokens = {row_tokens}], got {length}"
-        )
-    used = lengths[documents]
-    rows = count_fixed_rows(int(used.sum()), row_tokens, rows)
-    if truncate:
-        used = np.minimum(used, length)
-    rng = np.random.default_rng((seed, length))
-
-    # Full pieces, numbered through all documents; more than the rows could hold are of no use.
-    ends = np.cumsum(used // length)
-    wanted = min(rows * (row_tokens // length + 1), int(ends[-1]))
-    drawn = rng.choice(int(ends[-1]), wanted, replace=False) if wanted else np.zeros(0, np.int64)
-    owner = np.searchsorted(ends, drawn, side="right")
-    start = (drawn - ends[owner] + used[owner] // length) * length
-    full = deque((int(d), int(s), length) for d, s in zip(documents[owner], start, strict=True))
-    # The longest remainders, as many as the full pieces leave room for.
-    rest_length = used % length
-    room = rows * row_tokens - min(len(full), rows * (row_tokens // length)) * length
-    chosen = longest(rest_length, room, cover=True)
-    chosen = chosen[np.argsort(-rest_length[chosen], kind="stable")]
-    rest = deque(
-        (int(documents[i]), int(used[i] - rest_length[i]), int(rest_length[i])) for i in chosen
-    )
-
-    row_of_piece: list[int] = []
-    pieces: list[tuple[int, int, int]] = []
-    for row in range(rows):
-        room = row_tokens
-        while room:
-            document, first, tokens = _next(full, rest, room, length, truncate)
-            taken = min(tokens, room)
-            if taken < tokens and document != FILLER:
-                rest.appendleft((document, first + taken, tokens - taken))
-            pieces.append((document, first, taken))
-            row_of_piece.append(row)
-            room -= taken
-    document_of, start_of, length_of = np.array(pieces, dtype=np.int64).T
-    row_offsets = np.searchsorted(row_of_piece, np.arange(rows + 1)).astype(np.int64)
-    real = document_of != FILLER
-    labels = np.where(real, length_of - 1, 0)
-    if count_loss is not None:
-        labels[real] = count_loss(document_of[real], start_of[real], length_of[real])
-    loss_tokens = np.add.reduceat(labels, row_offsets[:-1])
-    return RowIndex(row_offsets, document_of, start_of, length_of, loss_tokens, row_tokens)
-
-
-Piece = tuple[int, int, int]
-
-
-def _next(full: deque[Piece], rest: deque[Piece], room: int, length: int, whole: bool) -> Piece:
-    """The piece that a row with `room` takes next; if `whole`, one that is not cut by its end."""
-    if full and (room >= length or not (rest or whole)):
-        return full.popleft()
-    for i, piece in enumerate(rest):
-        if not whole or piece[2] <= room:
-            del rest[i]
-            return piece
-    return FILLER, 0, length

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from lit_sparse.data.manifest import Skipped
-from lit_sparse.data.reading import cut, documents
-from lit_sparse.data.sources import Input, Reading, inputs_fingerprint
+from lit_sparse.data.stores.manifest import Skipped
+from lit_sparse.data.stores.reading import cut, documents
+from lit_sparse.data.stores.sources import Input, Reading, inputs_fingerprint
 
 
 def read(path, size=1 << 20, reading=Reading()):  # noqa: B008

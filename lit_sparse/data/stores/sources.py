@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.data.manifest import MANIFEST, PLAN, UNFINISHED
+from lit_sparse.data.stores.manifest import MANIFEST, PLAN, UNFINISHED
 
 _TEXT = """
 .txt .text .md .markdown .rst .org .tex .bib .html .htm .xml .css .csv .tsv .yaml .yml .toml .ini

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_sparse.data.describe import describe
-from lit_sparse.data.manifest import (
+from lit_sparse.data.stores.describe import describe
+from lit_sparse.data.stores.manifest import (
     BATCHES,
     COUNTS,
     INDEX,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from lit_sparse.data.epochs import Demand, Runs
+from lit_sparse.data.rows.epochs import Demand, Runs
 
 FILLER = -1
 """Document number of tokens that only fill a row up; they carry no label."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lit_sparse.data.store import TokenStore
+    from lit_sparse.data.stores.store import TokenStore
 
 _CHUNK = 1 << 20
 _BAR = 40

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lit_sparse.data.packing import best_fit
-from lit_sparse.data.rows import FILLER, Demand, RowIndex, build_rows
+from lit_sparse.data.rows.index import FILLER, Demand, RowIndex, build_rows
+from lit_sparse.data.rows.packing import best_fit
 
 
 def one_by_one(lengths: np.ndarray, capacity: int) -> list[int]:

@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
-from lit_sparse.data import writer
-from lit_sparse.data.manifest import Skipped
-from lit_sparse.data.store import TokenStore, unigram_bits
-from lit_sparse.data.writer import Header, ShardWriter, finish
+from lit_sparse.data.stores import writer
+from lit_sparse.data.stores.manifest import Skipped
+from lit_sparse.data.stores.store import TokenStore, unigram_bits
+from lit_sparse.data.stores.writer import Header, ShardWriter, finish
 
 TEXT = Header("text", "bytes", "bytes", vocab_size=257, eos_id=256)
 CHAT = Header("chat", "bytes", "bytes", vocab_size=257, eos_id=256)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_sparse.data.manifest import (
+from lit_sparse.data.stores.manifest import (
     BATCH_FIELDS,
     BATCHES,
     COUNTS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lit_sparse.data import ByteTokenizer, load_tokenizer
-from lit_sparse.data.chat import ChatEncoder
+from lit_sparse.data.stores.chat import ChatEncoder
 
 # The shapes of published templates, cut down to what decides the spans.
 CHATML = """{% for m in messages %}

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from lit_sparse.data import pack as pack_module
-from lit_sparse.data.pack import pack
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.stores import pack as pack_module
+from lit_sparse.data.stores.pack import pack
+from lit_sparse.data.stores.store import TokenStore
+from lit_sparse.data.stores.workers import Progress
 from lit_sparse.data.tokenizer import ByteTokenizer, load_tokenizer
-from lit_sparse.data.workers import Progress
 
 BYTES = ByteTokenizer()
 

@@ -14,10 +14,10 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.data.manifest import Skipped
-from lit_sparse.data.reading import Piece, documents
-from lit_sparse.data.sources import Reading
-from lit_sparse.data.writer import Header, ShardWriter, Unit
+from lit_sparse.data.stores.manifest import Skipped
+from lit_sparse.data.stores.reading import Piece, documents
+from lit_sparse.data.stores.sources import Reading
+from lit_sparse.data.stores.writer import Header, ShardWriter, Unit
 
 # A batch for the tokenizer: enough to keep its threads busy, little enough to keep memory flat.
 _CHARACTERS, _DOCUMENTS = 1 << 20, 1024

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_sparse.data.messages import Message, read_messages
+from lit_sparse.data.stores.messages import Message, read_messages
 from lit_sparse.data.tokenizer import Tokenizer
 
 Span = tuple[int, int]

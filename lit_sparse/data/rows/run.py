@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lit_sparse.data.cache import cached
-from lit_sparse.data.epochs import Demand
-from lit_sparse.data.mixture import schedule
-from lit_sparse.data.rows import RowIndex, build_rows
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.rows.epochs import Demand
+from lit_sparse.data.rows.index import RowIndex, build_rows
+from lit_sparse.data.rows.mixture import schedule
+from lit_sparse.data.stores.store import TokenStore
 
 if TYPE_CHECKING:
     from lit_sparse.training.curriculum import Curriculum

@@ -19,13 +19,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_sparse.data.manifest import BYTES, MANIFEST, PLAN, TOKENIZER, UNFINISHED, Skipped
-from lit_sparse.data.reading import Piece, cut
-from lit_sparse.data.sources import Entry, Input, Reading
-from lit_sparse.data.store import TokenStore
+from lit_sparse.data.stores.manifest import BYTES, MANIFEST, PLAN, TOKENIZER, UNFINISHED, Skipped
+from lit_sparse.data.stores.reading import Piece, cut
+from lit_sparse.data.stores.sources import Entry, Input, Reading
+from lit_sparse.data.stores.store import TokenStore
+from lit_sparse.data.stores.workers import Job, Progress, tokenise
+from lit_sparse.data.stores.writer import Header, Unit, finish, write_text
 from lit_sparse.data.tokenizer import Tokenizer
-from lit_sparse.data.workers import Job, Progress, tokenise
-from lit_sparse.data.writer import Header, Unit, finish, write_text
 
 UNIT_BYTES = 4 << 20
 """Input of a unit, at least: enough to make starting it negligible."""
@@ -52,7 +52,7 @@ def pack(
     """Tokenise inputs into a store. A store of the same inputs and options is opened, not made.
 
     Args:
-        inputs: "stdlib", files and folders; see `lit_sparse.data.sources`.
+        inputs: "stdlib", files and folders; see `lit_sparse.data.stores.sources`.
         tokenizer: its `eos_id` ends each document.
         out: directory of the store.
         field: key or column of the text.
@@ -212,7 +212,7 @@ def _units(entries: Sequence[Entry], reading: Reading) -> Iterator[list[Piece]]:
 def _encoder(tokenizer: Tokenizer, chat: bool) -> Any:
     if not chat:
         return tokenizer.encoder
-    from lit_sparse.data.chat import ChatEncoder
+    from lit_sparse.data.stores.chat import ChatEncoder
 
     return ChatEncoder(tokenizer)
 

@@ -1,0 +1,1 @@
+"""Token stores: text, tables and conversations, tokenised once, mapped into memory ever after."""
