@@ -215,7 +215,7 @@ def test_told_to_stop_it_stops_after_the_step(command, home):
     run = home / "runs" / "stopped"
     for number, begin, step in (
         (signal.SIGTERM, fit("lean", "stopped"), 3),
-        (signal.SIGINT, resume("lean", "stopped"), 12),
+        (signal.SIGINT, resume("lean", "stopped"), 9),
     ):
         pid = command.start(begin, home)
         wait_for_step(run, step)
