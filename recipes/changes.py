@@ -8,7 +8,6 @@ from typing import Any
 
 HARMLESS = (
     # Where things lie and what is watched: the weights after any step do not depend on it.
-    "ckpt_path",
     "weights_only",
     "run",
     "checkpoint",

@@ -198,7 +198,7 @@ class Run:
         found = changes(yaml.safe_load(saved.read_text()) or {}, config)
         return (
             [str(change) for change in found if not change.harmless],
-            [str(change) for change in found if change.harmless and change.key != "ckpt_path"],
+            [str(change) for change in found if change.harmless],
         )
 
 

@@ -276,7 +276,10 @@ def test_a_changed_config_is_shown_and_refused_where_it_matters(command, home):
     assert ((run / "config.yaml").read_text(), shown(run)) == (config, events)
     allowed = [*change, "--run.allow_changes", "true"]
     assert command.run(resume("lean", "changed", *allowed), home) == 0, log(home)
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["learning_rate"] == 0.02
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["learning_rate"] == 0.02
+    # Asked for once, not for every start from this file.
+    assert (saved["run"]["allow_changes"], saved["ckpt_path"]) == (False, None)
 
 
 @pytest.mark.slow
