@@ -120,7 +120,8 @@ class SparseCLI(LightningCLI):
                 raise SystemExit(128 + signal.SIGTERM) from None
             raise
         except Exception as error:
-            if subcommand == "fit" and not _training_started(error):
+            began = self.trainer.global_step > 0 or _training_started(error)
+            if subcommand == "fit" and not began:
                 self.run.discard()
             raise
 
