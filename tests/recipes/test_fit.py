@@ -103,7 +103,7 @@ def test_a_run_that_fails_between_its_steps_keeps_what_it_has(config, tmp_path):
     with pytest.raises(RuntimeError, match="nothing"):
         main(["fit", "--config", config, "--config", str(other), "--checkpoint.every_n_steps", "1"])
     run = tmp_path / "runs" / "small"
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step=1.ckpt"]
+    assert {"step=1.ckpt", "step=2.ckpt"} < {p.name for p in (run / "checkpoints").iterdir()}
     assert (run / "config.yaml").exists()
 
 
