@@ -12,7 +12,6 @@ HARMLESS = (
     "run",
     "checkpoint",
     "curriculum.validate_every",
-    "data.cache",
     "data.cache_dir",
     "data.num_workers",
     "trainer.default_root_dir",
