@@ -8,12 +8,10 @@ from typing import Any
 
 HARMLESS = (
     # Where things lie and what is watched: the weights after any step do not depend on it.
-    "ckpt_path",
     "weights_only",
     "run",
     "checkpoint",
     "curriculum.validate_every",
-    "data.cache",
     "data.cache_dir",
     "data.num_workers",
     "trainer.default_root_dir",

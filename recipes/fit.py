@@ -120,7 +120,8 @@ class SparseCLI(LightningCLI):
                 raise SystemExit(128 + signal.SIGTERM) from None
             raise
         except Exception as error:
-            if subcommand == "fit" and not _training_started(error):
+            began = self.trainer.global_step > 0 or _training_started(error)
+            if subcommand == "fit" and not began:
                 self.run.discard()
             raise
 
@@ -149,7 +150,13 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 def _dump(parser: LightningArgumentParser, config: Any) -> str:
-    """The effective config as YAML, without the names of the files that it was merged from."""
+    """The effective config as YAML, without what was asked for at this start alone: a run started
+    from it must not overwrite, rewind or change anything by itself.
+    """
+    config = config.clone()
+    config.ckpt_path = None
+    for flag in ("overwrite", "allow_changes", "rewind"):
+        config.run[flag] = False
     return parser.dump(config, skip_none=False)
 
 

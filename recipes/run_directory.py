@@ -89,7 +89,7 @@ class Run:
 
     def discard(self) -> None:
         """Take back what `prepare` made, for a run that ended before its first step."""
-        if self._ours:
+        if self._ours and not checkpoints(self.checkpoints):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def checkpoint(self, wanted: str) -> str:
@@ -198,7 +198,7 @@ class Run:
         found = changes(yaml.safe_load(saved.read_text()) or {}, config)
         return (
             [str(change) for change in found if not change.harmless],
-            [str(change) for change in found if change.harmless and change.key != "ckpt_path"],
+            [str(change) for change in found if change.harmless],
         )
 
 

@@ -8,6 +8,7 @@ the child has ended, its exit status (minus the signal that killed it).
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -64,6 +65,7 @@ def _serve() -> None:
 
     import lit_sparse.recipes.fit  # noqa: F401
 
+    gc.freeze()  # a child that collects garbage would walk, and copy, all that was imported
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         pid = os.fork()

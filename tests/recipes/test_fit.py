@@ -93,6 +93,20 @@ def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys):
     assert "val/bits_per_byte" in capsys.readouterr().out
 
 
+def test_a_run_that_fails_between_its_steps_keeps_what_it_has(config, tmp_path):
+    other = tmp_path / "stopping.yaml"
+    stopping = {
+        "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+        "init_args": {"monitor": "nothing"},
+    }
+    other.write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+    with pytest.raises(RuntimeError, match="nothing"):
+        main(["fit", "--config", config, "--config", str(other), "--checkpoint.every_n_steps", "1"])
+    run = tmp_path / "runs" / "small"
+    assert {"step=1.ckpt", "step=2.ckpt"} < {p.name for p in (run / "checkpoints").iterdir()}
+    assert (run / "config.yaml").exists()
+
+
 def test_configs_merge_and_keys_override(config, tmp_path, capsys):
     other = tmp_path / "more.yaml"
     other.write_text(yaml.safe_dump({"sparse_attention": {"budget": {"late": 0.2}}}))

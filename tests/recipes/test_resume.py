@@ -118,13 +118,14 @@ def resume(config, name, *more):
 
 
 def shown(run):
-    """All that TensorBoard shows, in the order of the files: (tag, x, kind and value)."""
-    found = []
+    """All that TensorBoard shows, tag -> (x, kind and value), in the order of the files."""
+    found = {}
     for path in sorted(run.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime_ns):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag not in WALL_CLOCK:
-                    found.append((value.tag, event.step, value.SerializeToString()))
+                    point = (event.step, value.SerializeToString())
+                    found.setdefault(value.tag, []).append(point)
     return found
 
 
@@ -132,8 +133,11 @@ def assert_same_run(run, whole):
     ours, theirs = (torch.load(checkpoints(r / "checkpoints")[-1]) for r in (run, whole))
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"):
         assert_equal(ours[key], theirs[key], key)
-    assert [entry[:2] for entry in shown(run)] == [entry[:2] for entry in shown(whole)]
-    assert shown(run) == shown(whole)
+    ours, theirs = shown(run), shown(whole)
+    assert ours.keys() == theirs.keys()
+    for tag in ours:
+        assert [x for x, _ in ours[tag]] == [x for x, _ in theirs[tag]], tag
+        assert ours[tag] == theirs[tag], tag
     ours, theirs = (json.loads((r / "stages.json").read_text()) for r in (run, whole))
     for row in ours + theirs:
         for key in ("tokens_per_second", *WALL_CLOCK):
@@ -201,9 +205,7 @@ def test_the_checkpoints_are_those_of_stage_ends_and_the_newest(home):
 
 
 def test_curves_have_no_fold(home):
-    curves = {}
-    for tag, x, _ in shown(home / "runs" / "whole"):
-        curves.setdefault(tag, []).append(x)
+    curves = {tag: [x for x, _ in points] for tag, points in shown(home / "runs" / "whole").items()}
     assert curves["train/loss"] == list(range(1, 24, 2))
     del curves["epoch"]  # Lightning shows it with the step and once more with its validation
     assert all(xs == sorted(set(xs)) for xs in curves.values())
@@ -213,7 +215,7 @@ def test_told_to_stop_it_stops_after_the_step(command, home):
     run = home / "runs" / "stopped"
     for number, begin, step in (
         (signal.SIGTERM, fit("lean", "stopped"), 3),
-        (signal.SIGINT, resume("lean", "stopped"), 12),
+        (signal.SIGINT, resume("lean", "stopped"), 9),
     ):
         pid = command.start(begin, home)
         wait_for_step(run, step)
@@ -274,7 +276,10 @@ def test_a_changed_config_is_shown_and_refused_where_it_matters(command, home):
     assert ((run / "config.yaml").read_text(), shown(run)) == (config, events)
     allowed = [*change, "--run.allow_changes", "true"]
     assert command.run(resume("lean", "changed", *allowed), home) == 0, log(home)
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["learning_rate"] == 0.02
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["learning_rate"] == 0.02
+    # Asked for once, not for every start from this file.
+    assert (saved["run"]["allow_changes"], saved["ckpt_path"]) == (False, None)
 
 
 @pytest.mark.slow

@@ -48,7 +48,6 @@ def _with(**keys):
         {"trainer__log_every_n_steps": 1},
         {"trainer__callbacks": []},
         {"curriculum__validate_every": 5},
-        {"ckpt_path": "last"},
     ],
 )
 def test_what_only_watches_may_change(keys):
