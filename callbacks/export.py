@@ -24,9 +24,10 @@ class HuggingFaceExport(Callback):
         self.directory = directory
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_dir = trainer.log_dir  # asks all ranks
         if not trainer.is_global_zero:
             return
-        target = Path(trainer.log_dir or trainer.default_root_dir) / self.directory
+        target = Path(log_dir or trainer.default_root_dir) / self.directory
         models = transformers_models(pl_module)
         for i, model in enumerate(models):
             model.save_pretrained(target if len(models) == 1 else target / str(i))

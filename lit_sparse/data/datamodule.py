@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -350,9 +351,15 @@ class PackedTextDataModule(LightningDataModule):
             sampler=sampler,
             collate_fn=_unwrap,
             num_workers=self.num_workers,
+            worker_init_fn=_finish_the_step,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _finish_the_step(worker: int) -> None:
+    # Ctrl-C reaches all processes of the terminal; the trainer still needs rows to stop in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unwrap(batch: list[Batch]) -> Batch:

@@ -178,7 +178,7 @@ def _parser(what: str, **law: Any) -> _Parser:
 
 def _bare_parser(what: str) -> _Parser:
     """What every job takes."""
-    others = " or ".join(f"--what {job}" for job in DESCRIPTIONS if job != what)
+    others = " or ".join(f"--what {job} --help" for job in DESCRIPTIONS if job != what)
     parser = _Parser(
         prog=f"{PROGRAM} --what {what}",
         description=DESCRIPTIONS[what],
