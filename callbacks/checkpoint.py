@@ -143,7 +143,7 @@ class RunCheckpoint(Checkpoint):
         return regular or step in self._stage_ends
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step == self._saved:
+        if trainer.global_step == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:
             logger.save()

@@ -25,7 +25,7 @@ class HuggingFaceExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         log_dir = trainer.log_dir  # asks all ranks
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = Path(log_dir or trainer.default_root_dir) / self.directory
         models = transformers_models(pl_module)

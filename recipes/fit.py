@@ -13,7 +13,7 @@ import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.data import PackedTextDataModule
@@ -88,6 +88,8 @@ class SparseCLI(LightningCLI):
                 self.run.root, name=self.run.name, version="", default_hp_metric=False
             )
             kwargs["logger"] = logger if self.subcommand == "fit" else False
+        if self._get(self.config_init, "trainer").get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.run.path)  # where no logger says another place
         trainer = super().instantiate_trainer(**kwargs)
         # Before the others, so that what they draw is a function of the step too.
         trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     try:
         SparseCLI(_resolve_configs(argv))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, MisconfigurationException) as error:
         if _training_started(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         print(f"lit-sparse: error: {error}", file=sys.stderr)

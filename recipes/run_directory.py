@@ -149,7 +149,7 @@ class Run:
         harmful, harmless = self._differences(checkpoint, config)
         for what, old, new in (
             ("number of ranks", state.get("ranks"), ranks),
-            ("content of data.path", state.get("data"), data),
+            ("tokens of the steps (content of data.path, packing, stages)", state.get("data"), data),
         ):
             if None not in (old, new) and old != new:
                 harmful.append(f"{what}: {old} -> {new}")

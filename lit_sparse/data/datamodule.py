@@ -334,6 +334,12 @@ class PackedTextDataModule(LightningDataModule):
 
     def _adjust(self, trainer: Any, curriculum: Curriculum, accumulate: int) -> None:
         trainer.accumulate_grad_batches = accumulate
+        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+            raise ValueError(
+                f"trainer.limit_train_batches = {trainer.limit_train_batches} (or overfit_batches) "
+                "would train on the first rows again and again: one epoch is the whole run; for a "
+                "shorter one set trainer.max_steps"
+            )
         if trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = curriculum.total_steps
         elif trainer.max_steps > curriculum.total_steps:

@@ -140,7 +140,8 @@ class SparseLM(LightningModule):
             self.log(f"val_by_length/{length}", loss)
         if len(sums) > 1:
             for name, (store_total, store_count) in zip(self._store_names, sums, strict=True):
-                self.log(f"val_by_store/{name}", (store_total / store_count.clamp(min=1)).float())
+                if store_count > 0:  # a store without a share has no rows
+                    self.log(f"val_by_store/{name}", (store_total / store_count).float())
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

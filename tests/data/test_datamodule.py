@@ -36,6 +36,7 @@ def on_rank(data: PackedTextDataModule, rank: int, world: int) -> PackedTextData
         distributed_sampler_kwargs={"rank": rank, "num_replicas": world},
         global_step=0,
         max_steps=-1,
+        limit_train_batches=1.0,
         accumulate_grad_batches=1,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(restarting=False, max_steps=-1)),
     )

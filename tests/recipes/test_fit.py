@@ -107,6 +107,22 @@ def test_a_run_that_fails_between_its_steps_keeps_what_it_has(config, tmp_path):
     assert (run / "config.yaml").exists()
 
 
+def test_a_trial_step_leaves_nothing_to_go_on_from(config, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert main(["fit", "--config", config, "--trainer.fast_dev_run", "true"]) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+    assert main(["fit", "--config", config, "--trainer.max_steps", "1"]) == 0
+
+
+def test_without_a_logger_all_is_in_the_run_directory_too(config, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert main(["fit", "--config", config, "--trainer.logger", "false"]) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
+    made = {path.name for path in (tmp_path / "runs" / "small").iterdir()}
+    assert made == {"checkpoints", "config.yaml", "huggingface", "stages.json"}
+
+
 def test_configs_merge_and_keys_override(config, tmp_path, capsys):
     other = tmp_path / "more.yaml"
     other.write_text(yaml.safe_dump({"sparse_attention": {"budget": {"late": 0.2}}}))
@@ -147,6 +163,8 @@ BAD = [
     (["--model.architecture.vocab_size", "100"], "model.architecture.vocab_size"),
     (["--model.pretrained", "nowhere"], "model."),
     (["--trainer.max_steps", "9"], "trainer.max_steps = 9 goes past the end of the curriculum"),
+    (["--trainer.limit_train_batches", "2"], "trainer.limit_train_batches = 2"),
+    (["--trainer.barebones", "true"], "barebones"),
     (["--ckpt_path", "last"], "ckpt_path: last, but"),
     (["--ckpt_path", "no.ckpt"], "ckpt_path: there is no checkpoint no.ckpt"),
     (["--checkpoint.dirpath", "elsewhere"], "checkpoint.dirpath = elsewhere"),

@@ -105,7 +105,7 @@ def test_other_data_and_ranks_are_refused_like_other_keys(run, capsys):
     for line in (
         "seed_everything: 0 -> 5",
         "number of ranks: 1 -> 2",
-        "content of data.path: cafe -> beef",
+        "tokens of the steps (content of data.path, packing, stages): cafe -> beef",
         "--run.allow_changes true",
     ):
         assert line in str(error.value)

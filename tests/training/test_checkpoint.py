@@ -46,9 +46,19 @@ def _flip(content, at):
         lambda content: content[: len(content) // 2],
         lambda content: content[:-1],
         lambda content: _flip(content, content.index(b"\x00\x00\xc8\x42") + 400),
+        lambda content: _flip(content, 27),
+        lambda content: _flip(content, content.rindex(b"PK\6\6") + 34),
         lambda content: b"not a checkpoint",
     ],
-    ids=["empty", "half", "one byte short", "one bit flipped", "something else"],
+    ids=[
+        "empty",
+        "half",
+        "one byte short",
+        "one bit flipped",
+        "in a name",
+        "in the number of entries",
+        "something else",
+    ],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(folder, harm):
     newest = folder / "step=100.ckpt"
