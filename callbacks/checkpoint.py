@@ -35,8 +35,10 @@ class RunCheckpoint(Checkpoint):
 
     The moment is the start of the next step, before any other callback acts on it: the step before
     is complete with its validation and its metrics are in the event files. Files are
-    `step=N.ckpt` after N steps, and appear whole or not at all. The run is one epoch of the
-    trainer, as with `PackedTextDataModule`; `StepSeed` makes its randomness a function of the step.
+    `step=N.ckpt` after N steps, and appear whole or not at all. `StepSeed` makes the randomness of
+    a run a function of the step. The loader must begin where the run goes on: those of
+    `PackedTextDataModule` do, one with `state_dict` (torchdata's StatefulDataLoader) does, and with
+    a plain one Lightning warns that it starts its epoch over.
 
     Besides what Lightning saves, the checkpoint holds, under "lit_sparse": the last value of each
     logged metric, the sizes of the event files, the number of ranks, and the `fingerprint` of the
@@ -67,6 +69,7 @@ class RunCheckpoint(Checkpoint):
         self._saved = 0
         self._saving = False
         self._logged: dict[str, Any] | None = None
+        self._loaders: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -115,6 +118,13 @@ class RunCheckpoint(Checkpoint):
             self._stop.requeue(trainer, signal)
             raise SIGTERMException(128 + signal)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # When the next step starts, its first batch has left the loaders. An epoch starts afresh.
+        loaders: Any = trainer.fit_loop._combined_loader
+        self._loaders = [] if trainer.is_last_batch else loaders._state_dicts()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fit_loop._should_accumulate():  # stopped in the middle of a step otherwise
             self._save(trainer)
@@ -130,7 +140,9 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         if not self._saving:  # somebody else's checkpoint, maybe in the middle of a step
             return
-        _set_between_steps(checkpoint["loops"]["fit_loop"])
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        _set_between_steps(fit_loop)
+        fit_loop["state_dict"]["combined_loader"] = self._loaders
         checkpoint["lit_sparse"] = {
             "logged": logged_state(trainer),
             "events": event_sizes(self._directory.parent) if trainer.is_global_zero else {},

@@ -47,7 +47,34 @@ class Interrupt(Callback):
             raise RuntimeError("pulled the plug")
 
 
-def _train(directory, *callbacks, checkpoint=None, keep=3):
+class Numbered:
+    """A loader that can say how many of its batches it has given."""
+
+    def __init__(self):
+        self.given = self.start = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        self.given, self.start = self.start, 0
+        return self
+
+    def __next__(self):
+        if self.given == 6:
+            raise StopIteration
+        self.given += 1
+        return torch.full((2, 64), float(self.given))
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state_dict):
+        self.start = state_dict["given"]
+
+
+def _train(directory, *callbacks, checkpoint=None, keep=3, loader=None):
+    loader = loader or DataLoader(torch.ones(32, 64), batch_size=2)
     trainer = Trainer(
         default_root_dir=directory,
         max_steps=8,
@@ -59,7 +86,7 @@ def _train(directory, *callbacks, checkpoint=None, keep=3):
         callbacks=[RunCheckpoint(every_n_steps=2, keep=keep), StepSeed(seed=3), *callbacks],
     )
     model = Dropped()
-    trainer.fit(model, DataLoader(torch.ones(32, 64), batch_size=2), ckpt_path=checkpoint)
+    trainer.fit(model, loader, ckpt_path=checkpoint)
     return model, trainer.callback_metrics
 
 
@@ -117,6 +144,16 @@ def _status_of(child):
         child()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_loader_with_a_state_goes_on_where_it_was(tmp_path, step):
+    """Within an epoch of three steps and in the next ones, one of them not begun yet."""
+    whole, _ = _train(tmp_path, keep=9, loader=Numbered())
+    newest = tmp_path / "checkpoints" / f"step={step}.ckpt"
+    continued, _ = _train(tmp_path / "again", checkpoint=newest, loader=Numbered())
+    assert torch.equal(continued.layer.weight, whole.layer.weight)
 
 
 def test_a_second_signal_ends_the_process_at_once(trainer):
