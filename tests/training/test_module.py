@@ -31,6 +31,24 @@ def _data(corpus, steps, **options):
     )
 
 
+def test_a_store_without_rows_has_no_validation_loss(architecture, corpus, tmp_path):
+    (tmp_path / "other").mkdir()
+    for i in range(4):
+        (tmp_path / "other" / f"{i}.txt").write_text("other " * 200)
+    stages = [Stage(128, 1, mixture={str(corpus): 1.0})]
+    data = PackedTextDataModule(
+        path={str(corpus): 1.0, str(tmp_path / "other"): 1.0},
+        row_tokens=512,
+        curriculum=Curriculum(stages),
+        validation_rows=1,
+        validation_fraction=0.3,
+    )
+    trainer = _fit(SparseLM(architecture=architecture), data, limit_val_batches=1.0)
+    shown = trainer.callback_metrics
+    assert shown["val_by_store/corpus"] == shown["val/loss"] > 0
+    assert "val_by_store/other" not in shown
+
+
 def test_the_loss_is_the_mean_over_the_tokens_of_the_step(architecture, corpus):
     """One step of two rows moves the weights as the mean over both rows' tokens would."""
     torch.manual_seed(0)
