@@ -98,7 +98,8 @@ class SparseCLI(LightningCLI):
     def before_fit(self) -> None:
         # After all keys were checked, before anything is written.
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        self.run.prepare(resume=bool(checkpoint))
+        if self.trainer.is_global_zero:
+            self.run.prepare(resume=bool(checkpoint))
         self.datamodule.setup()
         print(self.datamodule.describe(), flush=True)
         if checkpoint:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
@@ -47,6 +48,7 @@ class Run:
     allow_changes: bool = False
     rewind: bool = False
     _ours: bool = field(default=False, init=False, repr=False)
+    _lock: TextIO | None = field(default=None, init=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -60,7 +62,8 @@ class Run:
         """Make the directory ready to be written.
 
         Raises:
-            ValueError: it holds another run, or cannot be written; nothing was changed then.
+            ValueError: it holds another run, cannot be written, or another process trains in it;
+                nothing was changed then.
         """
         path = self.path
         holds_run = path.is_dir() and any(any(path.glob(mark)) for mark in _MARKS)
@@ -82,14 +85,36 @@ class Run:
             raise ValueError(
                 f"run.root: {path} cannot be written ({error.strerror}); choose another --run.root"
             ) from error
+        self._take()
         if holds_run and not resume:
+            self._release()
             shutil.rmtree(path)
             path.mkdir()
+            self._take()
         self._ours = fresh or (holds_run and not resume)
+
+    def _take(self) -> None:
+        """Let no other process train in the directory until this one ends, however it ends."""
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held while the process lives
+        try:
+            # A lock of this kind is not inherited: data workers may outlive a killed process.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"run.name: another process trains in {self.path}; stop it first, or choose "
+                "another --run.name"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _release(self) -> None:
+        if self._lock is not None:  # NFS does not remove a directory with an open file
+            self._lock.close()
 
     def discard(self) -> None:
         """Take back what `prepare` made, for a run that ended before its first step."""
         if self._ours and not checkpoints(self.checkpoints):
+            self._release()
             shutil.rmtree(self.path, ignore_errors=True)
 
     def checkpoint(self, wanted: str) -> str:
@@ -149,7 +174,7 @@ class Run:
         harmful, harmless = self._differences(checkpoint, config)
         for what, old, new in (
             ("number of ranks", state.get("ranks"), ranks),
-            ("tokens of the steps (content of data.path, packing, stages)", state.get("data"), data),
+            ("rows (content of data.path, packing, stages)", state.get("data"), data),
         ):
             if None not in (old, new) and old != new:
                 harmful.append(f"{what}: {old} -> {new}")

@@ -120,7 +120,7 @@ def test_without_a_logger_all_is_in_the_run_directory_too(config, tmp_path):
     assert main(["fit", "--config", config, "--trainer.logger", "false"]) == 0
     assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
     made = {path.name for path in (tmp_path / "runs" / "small").iterdir()}
-    assert made == {"checkpoints", "config.yaml", "huggingface", "stages.json"}
+    assert made == {".lock", "checkpoints", "config.yaml", "huggingface", "stages.json"}
 
 
 def test_configs_merge_and_keys_override(config, tmp_path, capsys):

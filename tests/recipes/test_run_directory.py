@@ -1,5 +1,7 @@
 """What may change while a run goes on, and what is said about it."""
 
+import os
+
 import pytest
 import torch
 import yaml
@@ -105,13 +107,27 @@ def test_other_data_and_ranks_are_refused_like_other_keys(run, capsys):
     for line in (
         "seed_everything: 0 -> 5",
         "number of ranks: 1 -> 2",
-        "tokens of the steps (content of data.path, packing, stages): cafe -> beef",
+        "rows (content of data.path, packing, stages): cafe -> beef",
         "--run.allow_changes true",
     ):
         assert line in str(error.value)
     run.allow_changes = True
     run.check_resume(newest, _with(seed_everything=5), 2, "beef")
     assert "no exact continuation:\n  seed_everything: 0 -> 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keys", [{}, {"overwrite": True}])
+def test_one_process_at_a_time_trains_in_a_directory(run, tmp_path, keys):
+    run.prepare(resume=True)
+    other = os.fork()
+    if other == 0:
+        try:
+            Run(name="a", root=str(tmp_path), **keys).prepare(resume=not keys)
+        except ValueError as error:
+            os._exit("another process trains" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
+    assert len(list(run.checkpoints.iterdir())) == 2
 
 
 def test_another_runs_checkpoint_starts_a_run_of_its_own(run, tmp_path):
