@@ -75,7 +75,7 @@ class Input:
         self._root = Path(path)
         if path == "stdlib":
             self._root = Path(sysconfig.get_path("stdlib"))
-        elif not self._root.exists():
+        elif not self.path or not self._root.exists():
             raise ValueError(
                 f"INPUT {self.path!r} does not exist; give a folder, a file, or 'stdlib' (Python's "
                 "own source)"
