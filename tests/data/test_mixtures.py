@@ -61,8 +61,13 @@ def test_shares_are_true_all_along_and_change_with_the_stage(sources):
 
 def test_validation_holds_rows_of_every_store(sources):
     data = module({sources["a"]: 1.0, sources["b"]: 3.0}, [Stage(256, 4)], validation_rows=4)
-    assert letters(data.val_dataloader()) == ["a", "b", "b", "b"]
+    assert letters(data.val_dataloader()) == ["b", "a", "b", "b"]
     assert data.validation_text.store.path.name == "store-b"
+
+
+def test_the_first_validation_rows_are_not_of_one_store(sources):
+    data = module({sources["a"]: 1.0, sources["b"]: 1.0}, [Stage(256, 4)], validation_rows=4)
+    assert letters(data.val_dataloader()) == ["a", "b", "a", "b"]
 
 
 def test_what_a_run_trains_on_has_a_fingerprint(sources):
