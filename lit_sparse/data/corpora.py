@@ -65,8 +65,8 @@ def open_stores(
                 raise ValueError(
                     f"data.tokenizer: {part} was made with another tokenizer "
                     f"({store.manifest.tokenizer}, {store.vocab_size} ids) than {tokenizer.name} "
-                    f"({tokenizer.vocab_size} ids); leave data.tokenizer out to use the store's "
-                    "own, or pack the text again"
+                    f"({tokenizer.vocab_size} ids), and a run has one; data.tokenizer = null is "
+                    "that of the first store, and what was made with another has to be packed again"
                 )
         else:
             store = _packed(part, tokenizer, field, cache)
@@ -110,17 +110,14 @@ def divide(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def _packed(path: str, tokenizer: Tokenizer, field: str, cache: str | Path | None) -> TokenStore:
-    source = path if path == "stdlib" else str(Path(path).resolve())
     try:
         key = {
             "version": _VERSION,
-            "inputs": inputs_fingerprint([source]),
+            "inputs": inputs_fingerprint([path]),
             "field": field,
             "tokenizer": tokenizer.fingerprint,
         }
-        folder = cached(
-            "stores", key, lambda out: pack([source], tokenizer, out, field=field), cache
-        )
+        folder = cached("stores", key, lambda out: pack([path], tokenizer, out, field=field), cache)
     except ValueError as error:
         raise ValueError(f"data.path = {path!r}: {error}") from error
     return TokenStore.open(folder)

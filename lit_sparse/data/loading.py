@@ -161,17 +161,20 @@ class ValidationRows(Dataset[Batch]):
             count_fixed_rows(int(held.lengths.sum()), row_tokens, share) if share else 0
             for held, share in zip(documents, shares, strict=True)
         ]
+        # Spread, so that the first rows, or those of a rank, are not of one store.
+        self.places = sorted(
+            ((number + 0.5) / count, source, number)
+            for source, count in enumerate(self.counts)
+            for number in range(count)
+        )
         self.indices: dict[tuple[int, int], RowIndex] = {}
 
     def __len__(self) -> int:
-        return sum(self.counts)
+        return len(self.places)
 
     def find(self, length: int, row: int) -> tuple[int, RowIndex, int]:
         """The store's place in the mixture, its row index, and the row's number in that."""
-        source = 0
-        while row >= self.counts[source]:
-            row -= self.counts[source]
-            source += 1
+        _, source, number = self.places[row]
         if (length, source) not in self.indices:
             held = self.documents[source]
             self.indices[length, source] = fixed_rows(
@@ -184,13 +187,13 @@ class ValidationRows(Dataset[Batch]):
                 truncate=held.store.kind == "chat",
                 count_loss=loss_counter(held.store),
             )
-        return source, self.indices[length, source], row
+        return source, self.indices[length, source], number
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
-        source, index, row = self.find(*key)
+        source, index, number = self.find(*key)
         return {
-            **assemble(self.documents[source].store, index, row),
-            "step_tokens": torch.tensor(int(index.loss_tokens[row])),
+            **assemble(self.documents[source].store, index, number),
+            "step_tokens": torch.tensor(int(index.loss_tokens[number])),
             "source": torch.tensor(source),
         }
 

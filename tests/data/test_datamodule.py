@@ -223,6 +223,13 @@ def test_what_does_not_go_together_is_refused_by_name(corpus_dir, others, messag
         ready(**{"path": corpus_dir, **others})
 
 
+def test_paths_that_lead_nowhere_are_refused_by_name(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("", tmp_path / "loop", tmp_path / "missing"):
+        with pytest.raises(ValueError, match=re.escape(f"data.path = {str(path)!r}: INPUT")):
+            ready(path)
+
+
 def test_rows_that_ranks_cannot_share_are_refused(corpus_dir):
     with pytest.raises(
         ValueError, match=r"data\.rows_per_step = 4 .* 3 .* nearest that can: 3 and 6"

@@ -61,8 +61,13 @@ def test_shares_are_true_all_along_and_change_with_the_stage(sources):
 
 def test_validation_holds_rows_of_every_store(sources):
     data = module({sources["a"]: 1.0, sources["b"]: 3.0}, [Stage(256, 4)], validation_rows=4)
-    assert letters(data.val_dataloader()) == ["a", "b", "b", "b"]
+    assert letters(data.val_dataloader()) == ["b", "a", "b", "b"]
     assert data.validation_text.store.path.name == "store-b"
+
+
+def test_the_first_validation_rows_are_not_of_one_store(sources):
+    data = module({sources["a"]: 1.0, sources["b"]: 1.0}, [Stage(256, 4)], validation_rows=4)
+    assert letters(data.val_dataloader()) == ["a", "b", "a", "b"]
 
 
 def test_what_a_run_trains_on_has_a_fingerprint(sources):
@@ -106,7 +111,7 @@ def test_wrong_weights_are_refused_by_name(sources, path, mixture, message):
 
 def test_a_store_of_another_tokenizer_is_refused(sources, tmp_path):
     ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match=r"data\.tokenizer: .*another tokenizer"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*another tokenizer .*= null"):
         module(sources["a"], [Stage(64, 2)], tokenizer=str(tmp_path / "tokenizer"))
 
 

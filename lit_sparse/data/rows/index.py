@@ -55,8 +55,10 @@ class RowIndex:
         try:
             columns = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
             summary = json.loads((path / "rows.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} holds no complete row index ({error})") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} holds no complete row index ({error}); delete it and it is made again"
+            ) from error
         return cls(**columns, row_tokens=summary["row_tokens"], summary=summary, path=path)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -123,7 +123,7 @@ class _Turns:
             window = []
             for amounts in (turn + margin, turn + 1 - margin):
                 stage = np.minimum(np.searchsorted(target[1:], amounts), stages - 1)
-                with np.errstate(divide="ignore", invalid="ignore"):
+                with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                     after = (amounts - target[stage]) / share[stage]
                 row = ends[stage] + np.ceil(after) - 1
                 window.append(np.where(amounts <= target[-1], row, ends[-1]).astype(np.int64))

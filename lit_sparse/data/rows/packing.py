@@ -73,10 +73,11 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
 
     Documents longer than the stage's length become pieces of that length and a remainder (with
     `supply.truncate` only the first piece). A pool of pieces is packed by `best_fit`, its fullest
-    rows come out in an order drawn from (seed, epoch, stage, round), and the pieces of the others
-    go back into the pool. An epoch ends with all its pieces placed, save those of its emptiest row:
-    these come in the next epoch (in a store of few rows they may wait longer, until the room that
-    they leave is small). Rows may have room left.
+    rows are made, and the pieces of the others go back into the pool. Late rounds find short pieces
+    left over, so the rows of as many rounds as memory holds come out mixed, in an order drawn from
+    (seed, epoch, stage, round). An epoch ends with all its pieces placed, save those of its
+    emptiest row: these come in the next epoch (in a store of few rows they may wait longer, until
+    the room that they leave is small). Rows may have room left.
 
     Source: Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830, section 3.
     """
@@ -84,6 +85,8 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
     row_tokens = supply.row_tokens
     supply.begin_stage(stage, grain=length)
     pool, turn = supply.nothing, 0
+    ready: list[Rows] = []
+    ready_rows = 0
     while rows:
         if supply.empty:
             supply.begin_epoch()
@@ -110,16 +113,26 @@ def fit(supply: Supply, stage: int) -> Iterator[Rows]:
             out = max(-(-made // 2), int(np.count_nonzero(room <= FULL * row_tokens)))
         out = min(out, rows)
         rows -= out
-        number = np.full(made, out)
-        number[rng.permutation(fullest[:out])] = np.arange(out)
+        number = np.full(made, -1)
+        number[fullest[:out]] = ready_rows + np.arange(out)
         number = number[row]
-        if out:
-            order = np.argsort(number, kind="stable")[: np.count_nonzero(number < out)]
-            yield number[order], pool[order]
-        pool = pool[number == out]
+        ready.append((number[number >= 0], pool[number >= 0]))
+        ready_rows += out
+        pool = pool[number < 0]
         if supply.empty and rows:
             pool.late[:] = True
+        if not rows or supply.empty or sum(len(pieces) for _, pieces in ready) >= POOL_PIECES:
+            if ready_rows:
+                yield _mixed(ready, rng.permutation(ready_rows))
+            ready, ready_rows = [], 0
     supply.give_back(pool)
+
+
+def _mixed(parts: list[Rows], place: np.ndarray) -> Rows:
+    """The rows of all parts, numbered through, where row r comes to `place[r]`."""
+    row = place[np.concatenate([numbers for numbers, _ in parts])]
+    order = np.argsort(row, kind="stable")
+    return row[order], Runs.join(*(pieces for _, pieces in parts))[order]
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:

@@ -19,7 +19,7 @@ from lit_sparse.data.stores.store import TokenStore
 if TYPE_CHECKING:
     from lit_sparse.training.curriculum import Curriculum
 
-_VERSION = 1
+_VERSION = 2
 """Part of every cache key: raise it when the same key gives other rows."""
 
 

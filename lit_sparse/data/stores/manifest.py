@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MANIFEST = "lit_sparse.json"
 INDEX = "index"
 TOKENIZER = "tokenizer"
@@ -131,11 +133,12 @@ class Manifest:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, text: str | bytes) -> Manifest:
         """Read `to_json`. KeyError, TypeError or ValueError where the text is something else."""
         fields = json.loads(text)
         if fields["version"] != VERSION:
             raise ValueError(f"format {fields['version']}, but this version reads {VERSION}")
+        np.dtype(fields["dtype"])
         fields["skipped"] = Skipped(**fields["skipped"])
         for key in ("shards", "index"):
             fields[key] = tuple(File(**entry) for entry in fields[key])

@@ -40,7 +40,7 @@ def _read_message(message: Any) -> Message:
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise ValueError("content that is not text")
-        content = message["content"] = "".join(str(part.get("text", "")) for part in content)
+        content = message["content"] = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls):
         raise ValueError("message without role or content")
     if message["role"] == "assistant" and not ((content or "").strip() or calls):

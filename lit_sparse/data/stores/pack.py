@@ -84,6 +84,8 @@ def pack(
         eos_id=tokenizer.eos_id,
     )
     sources = [Input(path, reading) for path in inputs]
+    entries = [entry for source in sources for entry in source.entries]
+    _check_once(entries)
     plan = _plan(sources, tokenizer, reading)
     if (store := _found(out, plan, overwrite)) is not None:
         return store
@@ -92,7 +94,7 @@ def pack(
         if (store := _found(out, plan, overwrite)) is not None:  # another process made it meanwhile
             shutil.rmtree(folder)
             return store
-        pieces = _begin(folder, plan, [entry for source in sources for entry in source.entries])
+        pieces = _begin(folder, plan, entries)
         job = Job(folder, header, reading, _encoder(tokenizer, chat))
         units = tokenise(job, pieces, processes, progress or Progress())
         _check(units, inputs, folder, strict)
@@ -101,6 +103,14 @@ def pack(
         finish(folder, header, units, plan)
         _put(folder, out)
     return TokenStore.open(out)
+
+
+def _check_once(entries: Sequence[Entry]) -> None:
+    seen: set[str] = set()
+    for path in (os.path.abspath(entry.path) for entry in entries):
+        if path in seen:
+            raise ValueError(f"INPUT holds {path} twice; give each file, or a folder of it, once")
+        seen.add(path)
 
 
 def _plan(sources: Sequence[Input], tokenizer: Tokenizer, reading: Reading) -> dict[str, Any]:

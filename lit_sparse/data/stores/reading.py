@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def documents(piece: Piece, reading: Reading, skipped: Skipped) -> Iterator[tupl
 
 def _text(piece: Piece, reading: Reading, skipped: Skipped) -> Iterator[tuple[str, str]]:
     try:
-        raw = Path(piece.path).read_bytes()
+        raw = _regular(piece.path).read_bytes()
     except OSError:
         skipped.add("unreadable", piece.name)
         return
@@ -95,7 +96,7 @@ def _text(piece: Piece, reading: Reading, skipped: Skipped) -> Iterator[tuple[st
 
 def _lines(piece: Piece, reading: Reading, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     try:
-        with Path(piece.path).open("rb") as file:
+        with _regular(piece.path).open("rb") as file:
             file.seek(piece.start)
             left = piece.stop - piece.start
             # Cut at newlines only: U+2028, where str.splitlines cuts too, may stand in a string.
@@ -178,7 +179,7 @@ def _cut_parquet(entry: Entry, reading: Reading) -> Iterator[Piece]:
 def _cut_lines(entry: Entry, size: int) -> Iterator[Piece]:
     start, first = 0, 1
     try:
-        with Path(entry.path).open("rb") as file:
+        with _regular(entry.path).open("rb") as file:
             while start < entry.size:
                 missing, lines, part = size, 0, b""
                 while missing and (part := file.read(min(missing, 1 << 20))):
@@ -197,7 +198,14 @@ def _cut_lines(entry: Entry, size: int) -> Iterator[Piece]:
 def _parquet(path: str) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(path)
+    return ParquetFile(_regular(path))
+
+
+def _regular(path: str) -> Path:
+    """The path of a file. Anything else is an OSError: a pipe would be waited for, for ever."""
+    if not os.path.isfile(path):
+        raise OSError(f"{path} is no file")
+    return Path(path)
 
 
 def _load_dataset(path: str, field: str) -> Any:

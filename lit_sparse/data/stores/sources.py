@@ -75,7 +75,7 @@ class Input:
         self._root = Path(path)
         if path == "stdlib":
             self._root = Path(sysconfig.get_path("stdlib"))
-        elif not self._root.exists():
+        elif not self.path or not self._root.exists():
             raise ValueError(
                 f"INPUT {self.path!r} does not exist; give a folder, a file, or 'stdlib' (Python's "
                 "own source)"
@@ -90,7 +90,7 @@ class Input:
     def entries(self) -> list[Entry]:
         """All files and datasets, in the order of their names."""
         if self._root.is_file():
-            return [_entry(self._root, self._root.name)]
+            return [_entry(self._root, _printable(self._root.name))]
         if _is_dataset(self._root):
             return [self._dataset(self._root, "")]
         if self.path == "stdlib":
@@ -103,7 +103,7 @@ class Input:
         """Identity of the input by names, sizes and times of change; no content is read."""
         digest = sha256()
         for entry in self.entries:
-            digest.update(f"{entry.name}\0{entry.size}\0{entry.changed}\n".encode(errors="replace"))
+            digest.update(f"{entry.name}\0{entry.size}\0{entry.changed}\n".encode())
         return {
             "path": self.path if self.path == "stdlib" else str(self._root.resolve()),
             "files": len(self.entries),
@@ -129,21 +129,19 @@ class Input:
                     yield _entry(here / name, self._relative(here / name))
 
     def _relative(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
+        return _printable(path.relative_to(self._root).as_posix())
 
     def _dataset(self, folder: Path, name: str) -> Entry:
         if (folder / _DATASETS).is_file():
             splits = json.loads((folder / _DATASETS).read_text())["splits"]
             if self.reading.split not in splits:
                 given = self.reading.split
-                raise ValueError(
-                    f"INPUT {folder} has the splits {', '.join(splits)}"
-                    + (f", but no {given!r}" if given else "; choose one with --split")
-                )
+                hint = f", but no {given!r}" if given else "; choose one: --split or its folder"
+                raise ValueError(f"INPUT {folder} has the splits {', '.join(splits)}{hint}")
             folder = folder / str(self.reading.split)
         stats = [path.stat() for path in folder.iterdir() if path.is_file()]
         size, changed = sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
-        return Entry("dataset", str(folder), name or folder.name, size, changed)
+        return Entry("dataset", str(folder), name or _printable(folder.name), size, changed)
 
 
 def inputs_fingerprint(
@@ -165,6 +163,11 @@ def _entry(path: Path, name: str) -> Entry:
         size = changed = 0  # reading it fails, too, and is counted
     kind = {JSONL: "jsonl", PARQUET: "parquet"}.get(path.suffix.lower(), "text")
     return Entry(kind, str(path), name, size, changed)
+
+
+def _printable(name: str) -> str:
+    """A file's name may hold bytes that are not UTF-8; Arrow and a terminal want text."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lit_sparse.data.stores.manifest import (
     MANIFEST,
     OFFSETS,
     UNFINISHED,
+    File,
     Manifest,
     arrow_schema,
     sha256,
@@ -46,7 +48,7 @@ class TokenStore:
 
     Opening reads the manifest and nothing else. A shard is mapped when it is first touched, and
     a record batch (about a million tokens) is checked against its checksum when a process first
-    touches it. A store pickles as its path.
+    touches it; the index is checked by `split`. A store pickles as its path.
 
     Attributes:
         path: the directory; `datasets.load_from_disk` opens it too.
@@ -72,6 +74,7 @@ class TokenStore:
         self._batches = self._index(BATCHES)
         self._first_documents = np.ascontiguousarray(self._batches["document"])
         self._schema = arrow_schema(manifest.kind, manifest.dtype)
+        self._index_holds = False
         self._shards: dict[int, np.ndarray] = {}
         self._checked: dict[int, _Batch] = {}
 
@@ -89,7 +92,7 @@ class TokenStore:
                 "began it again and it continues"
             )
         try:
-            text = (path / MANIFEST).read_text()
+            text = (path / MANIFEST).read_bytes()
         except OSError:
             raise ValueError(
                 f"{path} is no token store: it holds no {MANIFEST}; make one with "
@@ -175,10 +178,14 @@ class TokenStore:
             Document numbers, ascending: int64 [training documents], int64 [validation documents].
 
         Raises:
-            ValueError: there are fewer than two documents; the message names `data.path`.
+            ValueError: there are fewer than two documents; the message names `data.path`. Or the
+                index is damaged: all that follows rests on it, so it is checked here, once.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"data.validation_fraction must be in (0, 1), got {fraction}")
+        if not self._index_holds:
+            self._compare(self.manifest.index)
+            self._index_holds = True
         if len(self) < 2:
             raise ValueError(
                 f"data.path holds {len(self)} document(s), but training and validation are split "
@@ -211,7 +218,10 @@ class TokenStore:
         Raises:
             ValueError: one differs; the message names it.
         """
-        for file in (*self.manifest.shards, *self.manifest.index):
+        self._compare((*self.manifest.shards, *self.manifest.index))
+
+    def _compare(self, files: Sequence[File]) -> None:
+        for file in files:
             if sha256(self.path / file.name) != file.sha256:
                 raise _damaged(self.path, file.name, "does not have the checksum of the manifest")
 
@@ -219,7 +229,7 @@ class TokenStore:
         file = f"{INDEX}/{name}.npy"
         try:
             array = np.load(self.path / file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # numpy parses the header as Python, which fails in many ways
             raise _damaged(self.path, file, f"cannot be read ({error})") from error
         if array.ndim != 1 or (length is not None and len(array) != length):
             raise _damaged(self.path, file, f"has the shape {array.shape}")

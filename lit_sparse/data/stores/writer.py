@@ -121,7 +121,7 @@ class ShardWriter:
             size += 1
         else:
             self._loss.append(loss)
-        digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         self._keys.append(int.from_bytes(digest, "little"))
         self._lengths.append(size)
         self.tokens += size

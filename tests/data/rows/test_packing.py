@@ -89,6 +89,17 @@ def test_rows_come_in_no_order_of_size(realistic):
     assert pieces[:half].mean() == pytest.approx(pieces[half:].mean(), rel=0.1)
 
 
+def test_what_was_left_over_does_not_come_last(tmp_path):
+    correlations = []
+    for seed in range(60):
+        lengths = np.random.default_rng(seed).lognormal(5, 1, 400).astype(np.int64) + 1
+        out = tmp_path / str(seed)
+        build_rows(out, lengths, np.arange(400), [Demand(256, 40)], 512, seed=seed)
+        pieces = np.diff(RowIndex.open(out).row_offsets)
+        correlations.append(np.corrcoef(pieces, np.arange(40))[0, 1])
+    assert abs(np.mean(correlations)) < 0.07
+
+
 def test_concatenation_follows_one_stream(tmp_path):
     lengths = np.random.default_rng(0).integers(1, 50, 200)
     whole = int(lengths.sum()) // 64

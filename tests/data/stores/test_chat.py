@@ -253,7 +253,7 @@ def test_sharegpt_and_content_in_parts_are_read(encoder):
     encoder = encoder(CHATML)
     wanted = encoder.encode(turns("q", "a b"))
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a b"}]
-    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": text} for text in ("a ", None, "b")]  # None: of Parquet
     for messages in (sharegpt, turns("q", parts)):
         encoded = encoder.encode(messages)
         assert np.array_equal(encoded.ids, wanted.ids)

@@ -113,6 +113,13 @@ def test_changed_inputs_do_not_continue(tmp_path, mixed):
         pack([mixed / "01.txt"], BYTES, tmp_path / "store")
 
 
+def test_no_file_is_packed_twice(tmp_path, mixed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in ("mixed", mixed / ".." / "mixed", mixed / "01.txt"):
+        with pytest.raises(ValueError, match=r"INPUT holds .*mixed/.* twice"):
+            pack([mixed, other], BYTES, tmp_path / "store")
+
+
 def test_what_is_there_is_never_made_again_or_replaced_unasked(tmp_path, mixed):
     out = tmp_path / "store"
     store = pack([mixed], BYTES, out)

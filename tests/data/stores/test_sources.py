@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,7 +63,7 @@ def test_tables_are_read_by_rows(tmp_path, size):
     assert names == rows
     assert found == texts * 3
     assert read(tmp_path / "splits", size, Reading(split="test"))[1] == [texts[3]]
-    with pytest.raises(ValueError, match=r"splits train, test; choose one with --split"):
+    with pytest.raises(ValueError, match=r"splits train, test; choose one: --split"):
         read(tmp_path / "splits")
     with pytest.raises(ValueError, match=r"splits train, test, but no 'dev'"):
         read(tmp_path / "splits", reading=Reading(split="dev"))
@@ -96,6 +98,16 @@ def test_what_cannot_be_read_is_counted_with_file_and_line(tmp_path):
     }
     assert "6 empty (d.jsonl#7, empty0.txt, empty1.txt, ...)" in str(skipped)
     assert "2 broken JSON line (d.jsonl#2, d.jsonl#9)" in str(skipped)
+
+
+def test_pipes_are_not_waited_for_and_names_are_text(tmp_path):
+    for name in ("p.txt", "p.jsonl", "p.parquet"):
+        os.mkfifo(tmp_path / name)
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")).write_text("text")
+    for size in (0, 1 << 20):
+        names, texts, skipped = read(tmp_path, size)
+        assert (names, texts) == (["caf\\xe9.txt"], ["text"])
+        assert skipped.counts == {"unreadable": 3}
 
 
 def test_conversations_are_lists_of_messages(tmp_path):

@@ -130,6 +130,19 @@ def test_a_damaged_loss_flag_is_found(tmp_path, many):
         TokenStore.open(store.path).read(39)
 
 
+def test_a_damaged_index_is_found_before_rows_are_made_of_it(tmp_path, many):
+    store = write(tmp_path / "s", many)
+    for name in ("lengths", "offsets", "keys", "counts", "batches"):
+        path = store.path / "index" / f"{name}.npy"
+        content = path.read_bytes()
+        for place in (-1, 60):  # a number; the header, which numpy reads as Python
+            flip(path, place)
+            with pytest.raises(ValueError, match=f"damaged: .*{name}.npy"):
+                TokenStore.open(store.path).split(0.1, 0)
+            path.write_bytes(content)
+    assert len(TokenStore.open(store.path).split(0.1, 0)) == 2
+
+
 def test_a_truncated_or_missing_file_is_found_at_once(tmp_path):
     store = write(tmp_path / "s", texts(a="x"))
     for name in ("shard-00000.arrow", "index/lengths.npy"):
@@ -155,8 +168,10 @@ def test_what_is_no_store_does_not_open(tmp_path):
         (json.dumps(newer), "format 99"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
+        ("\xff", "cannot be read"),
+        (json.dumps(newer | {"version": 1, "dtype": "uinp16"}), "cannot be read"),
     ):
-        manifest.write_text(text)
+        manifest.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=reason):
             TokenStore.open(store.path)
     store.path.rename(tmp_path / "s.packing")
