@@ -20,6 +20,8 @@ import torch
 from lit_sparse.recipes.benchmark.load import OtherLoad
 
 SEED = 0
+TURNS = 3
+"""Timed runs of each way to tokenise; the fastest counts."""
 VOCABULARY = 8000
 """Tokens of the byte-level BPE that is trained for the measurement."""
 
@@ -95,10 +97,10 @@ def _tokenise(folder: Path, megabytes: int, processes: int, progress: Progress) 
     _train_tokenizer(source, tokenizer)
     times: dict[str, list[float]] = {"pack": [], "bare": []}
     tokens = 0
-    # In turns, each in a process of its own: nothing is warm for the second.
-    for turn in range(2):
+    # In turns, each in a process of its own: nothing is warm for the next.
+    for turn in range(TURNS):
         for way in times:
-            progress(f"tokenising: {way}, run {turn + 1} of 2")
+            progress(f"tokenising: {way}, run {turn + 1} of {TURNS}")
             out = folder / f"store{turn}"
             task = {"way": way, "source": str(source), "tokenizer": str(tokenizer)}
             result = _child({**task, "out": str(out), "processes": processes}, processes)

@@ -176,6 +176,13 @@ def test_describe_says_what_was_read_and_how_long_it_is(corpus_dir):
     assert 2 < data.unigram_bits < 6
 
 
+def test_describe_says_how_rows_waste_less(corpus_dir):
+    wasteful = ready(corpus_dir, curriculum=Curriculum([Stage(150, 3)]), prefer_long=True)
+    assert "less if the stage's length divides data.row_tokens" in wasteful.describe()
+    tight = ready(corpus_dir, curriculum=Curriculum([Stage(128, 3)]))
+    assert "less if" not in tight.describe()
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

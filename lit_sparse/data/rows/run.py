@@ -23,6 +23,10 @@ _VERSION = 2
 """Part of every cache key: raise it when the same key gives other rows."""
 
 
+NOTICEABLE_FILLER = 0.05
+"""Share of a stage's tokens that only fill rows up, from which the description says what to do."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """How documents become rows.
@@ -181,8 +185,11 @@ def _describe(index: RowIndex, number: int) -> str:
         f"{stage['full_tokens'] / tokens:.0%} of the tokens are in pieces of the full "
         f"{stage['length']:,}, {stage['rows']:,} rows to epoch {stage['epochs']:.2f}"
     )
-    if stage["filler_tokens"]:
-        text += f", {stage['filler_tokens'] / tokens:.2%} filler"
+    filler = stage["filler_tokens"] / tokens
+    if filler:
+        text += f", {filler:.2%} filler"
+    if filler > NOTICEABLE_FILLER:
+        text += " (less if the stage's length divides data.row_tokens; none with packing: concat)"
     if stage["documents_truncated"]:
         text += (
             f", {stage['documents_truncated']:,} conversations truncated by "
