@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from lit_sparse.data.stores.workers import Progress
+from lit_sparse.data.stores.workers import Progress, usable_cores
 
 _LOG_SECONDS = 10
 
@@ -68,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="of a Hugging Face dataset that has several")
     parser.add_argument(
-        "--processes", type=int, default=_cores(), help="that tokenise (default: %(default)s)"
+        "--processes",
+        type=int,
+        # With two threads of the tokenizer in each.
+        default=max(1, usable_cores() // 2),
+        help="that tokenise, with as many threads each as cores are left (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="make a store again that is there already"
@@ -184,9 +188,3 @@ class _Bar(Progress):
         return (
             f"{self._documents / seconds:,.0f} documents/s, {self._tokens / seconds:,.0f} tokens/s"
         )
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

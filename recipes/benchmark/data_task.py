@@ -34,9 +34,12 @@ def _do_bare(task: Report) -> Report:
     tokenizer = Tokenizer.from_file(str(Path(task["tokenizer"]) / "tokenizer.json"))
     with Path(task["source"]).open() as file:
         texts = [json.loads(line)["text"] for line in file]
+    encode = tokenizer.encode_batch_fast if task["way"] == "fast" else tokenizer.encode_batch
     begin = time.perf_counter()
     for first in range(0, len(texts), 1024):
-        tokenizer.encode_batch_fast(texts[first : first + 1024], add_special_tokens=False)
+        batch = texts[first : first + 1024]
+        # Tokenised is what has its ids: the library makes the lists when they are asked for.
+        [encoding.ids for encoding in encode(batch, add_special_tokens=False)]
     return {"seconds": time.perf_counter() - begin}
 
 
@@ -70,7 +73,7 @@ def _do_rows(task: Report) -> Report:
     }
 
 
-_WAYS = {"pack": _do_pack, "bare": _do_bare, "rows": _do_rows}
+_WAYS = {"pack": _do_pack, "bare": _do_bare, "fast": _do_bare, "rows": _do_rows}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +11,7 @@ import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.budget import Budget
+from lit_sparse.data.stores.workers import usable_cores
 from lit_sparse.recipes.benchmark import cuda
 from lit_sparse.recipes.benchmark.clock import MOST_RUNS
 from lit_sparse.recipes.benchmark.report import BadArgument
@@ -127,9 +127,7 @@ def data_parser() -> _Parser:
     add(
         "--processes",
         type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        default=max(1, usable_cores() // 2),
         help="processes that tokenise (default: %(default)s)",
     )
     return parser

@@ -137,7 +137,8 @@ def _in_processes(
     # A fork would inherit the locks of threads that it does not inherit.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 4)  # what `advance` takes, and whether to stop
-    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(job, counters))
+    arguments = (job, counters, max(1, usable_cores() // processes))
+    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=arguments)
     done: dict[int, Unit] = {}
     told = [0, 0, 0]
     try:
@@ -165,11 +166,18 @@ _job: Job
 _counters: Any
 
 
-def _start(job: Job, counters: Any) -> None:
-    """Prepare a worker process."""
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _start(job: Job, counters: Any, threads: int) -> None:
+    """Prepare a worker process, whose tokenizer uses some threads."""
     global _job, _counters
     _job, _counters = job, counters
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
