@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_sparse.attention.probe import RowStatistics
 from lit_sparse.callbacks.common import add_figure, add_text
 from lit_sparse.callbacks.heatmap import heat_maps
-from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
+from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
 
 ADVICE = {
     "concentration": "lower the learning rate of the query and key projections, or use QK-norm",
@@ -39,7 +38,7 @@ class CollapseMonitor(SampledAttentionMonitor):
     warnings and TensorBoard texts under `alerts/`.
 
     Args:
-        every_n_steps, rows, min_context, seed: see `SampledAttentionMonitor`.
+        every_n_steps, rows, min_context, seed, layers, heads: see `SampledAttentionMonitor`.
         patience: measurements that an alert's average covers, and that there must be first.
         concentration, dispersion: entropy ratios below and above which a head alerts.
         largest_logit: absolute logit above which a head alerts.
@@ -50,57 +49,48 @@ class CollapseMonitor(SampledAttentionMonitor):
         every_n_steps: int = 50,
         rows: int = 64,
         min_context: int = 64,
-        seed: int = 1,
+        seed: int = 0,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
         patience: int = 4,
         concentration: float = 0.05,
         dispersion: float = 0.95,
         largest_logit: float = 50.0,
     ) -> None:
-        super().__init__(every_n_steps, rows, min_context, seed)
+        super().__init__(every_n_steps, rows, min_context, seed, layers, heads)
         if patience < 1:
             raise ValueError(f"CollapseMonitor patience must be >= 1, got {patience}")
         self.patience = patience
         self.concentration, self.dispersion = concentration, dispersion
         self.largest_logit = largest_logit
         self._average = Average()
-        self._residual: dict[int, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._smooth: dict[str, Tensor] = {}
         self._measured = 0
         self._alerted: set[tuple[str, int, int]] = set()
 
-    def measure(self, layer: int, out: Tensor, statistics: RowStatistics) -> None:
-        x = out[statistics.rows].float()
-        spread = (x - x.mean(0)).square().sum((0, 2)) / x.square().sum((0, 2)).clamp(min=1e-30)
-        self._residual[layer] = spread.sqrt()
-
-    def finish(
-        self, trainer: Trainer, pl_module: LightningModule, statistics: Mapping[int, RowStatistics]
-    ) -> None:
-        layers = statistics.values()
-
-        def by_head(name: str) -> Tensor:
-            return torch.stack([getattr(s, name).float().mean(0) for s in layers])
-
+    def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
         heads = {
-            "entropy_ratio": by_head("entropy_ratio"),
-            "max_weight": by_head("max_weight_without_sink"),
-            "effective_support": by_head("effective_support"),
-            "sink_mass": by_head("sink_mass"),
-            "logit_std": by_head("logit_std"),
-            "gamma": by_head("gamma"),
-            "rank_residual": torch.stack([self._residual[layer] for layer in statistics]),
+            name: sample.stack(field).nanmean(1)
+            for name, field in (
+                ("entropy_ratio", "entropy_ratio"),
+                ("max_weight", "max_weight_without_sink"),
+                ("effective_support", "effective_support"),
+                ("sink_mass", "sink_mass"),
+                ("logit_std", "logit_std"),
+                ("gamma", "gamma"),
+            )
         }
-        largest = torch.stack([s.logit_max.float().amax(0) for s in layers])
+        heads["rank_residual"] = torch.stack([x[0] for x in sample.similarity.values()])
+        largest = sample.stack("logit_max").nan_to_num(0.0).amax(1)
         values = {f"collapse/{name}": value.mean() for name, value in heads.items()}
         values["collapse/logit_max"] = largest.max()
-        for layer, value in zip(statistics, heads["entropy_ratio"], strict=True):
+        for layer, value in zip(sample.layers, heads["entropy_ratio"], strict=True):
             values[f"collapse_by_layer/entropy_ratio_{layer:02d}"] = value.mean()
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(values)
         self._average.add(heads)
-        self._residual = {}
         self._judge(
-            trainer, list(statistics), {"entropy": heads["entropy_ratio"], "logit": largest}
+            trainer, list(sample.layers), {"entropy": heads["entropy_ratio"], "logit": largest}
         )
 
     # -- alerts --

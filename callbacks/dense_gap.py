@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_sparse.attention.probe import RowStatistics
 from lit_sparse.callbacks.common import add_figure, sparse_models
 from lit_sparse.callbacks.heatmap import heat_maps
-from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
+from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
 from lit_sparse.models import dense_attention
 
 
@@ -28,7 +27,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
     validation a figure shows missed mass and output error by layer and head.
 
     Args:
-        every_n_steps, rows, min_context, seed: see `SampledAttentionMonitor`.
+        every_n_steps, rows, min_context, seed, layers, heads: see `SampledAttentionMonitor`.
         validation_batches: batches of each validation that also run densely.
     """
 
@@ -38,9 +37,11 @@ class DenseGapMonitor(SampledAttentionMonitor):
         rows: int = 64,
         min_context: int = 64,
         seed: int = 0,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
         validation_batches: int = 2,
     ) -> None:
-        super().__init__(every_n_steps, rows, min_context, seed)
+        super().__init__(every_n_steps, rows, min_context, seed, layers, heads)
         if validation_batches < 0:
             raise ValueError(
                 f"DenseGapMonitor validation_batches must be >= 0, got {validation_batches}"
@@ -51,30 +52,20 @@ class DenseGapMonitor(SampledAttentionMonitor):
         self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
         self._sums: Tensor | None = None
 
-    def finish(
-        self, trainer: Trainer, pl_module: LightningModule, statistics: Mapping[int, RowStatistics]
-    ) -> None:
-        captured = torch.stack([s.captured_mass.mean() for s in statistics.values()])
-        mass = torch.cat([s.captured_mass.flatten() for s in statistics.values()]).float()
-        error = torch.cat([s.output_error.flatten() for s in statistics.values()]).float()
+    def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
+        tau, error = sample.stack("tau"), sample.stack("output_error")
+        mass = 1 - tau
         values = {
-            "gap/captured_mass": mass.mean(),
-            "gap/captured_mass_p5": mass.quantile(0.05),
-            "gap/missed_mass": 1 - mass.mean(),
-            "gap/output_error": error.mean(),
-            "gap/output_error_p95": error.quantile(0.95),
+            "gap/captured_mass": mass.nanmean(),
+            "gap/captured_mass_p5": mass.nanquantile(0.05),
+            "gap/missed_mass": tau.nanmean(),
+            "gap/output_error": error.nanmean(),
+            "gap/output_error_p95": error.nanquantile(0.95),
         }
-        for layer, value in zip(statistics, captured, strict=True):
-            values[f"gap_by_layer/captured_mass_{layer:02d}"] = value
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
-        self._average.add(
-            {
-                "missed mass": torch.stack(
-                    [1 - s.captured_mass.mean(0) for s in statistics.values()]
-                ),
-                "output error": torch.stack([s.output_error.mean(0) for s in statistics.values()]),
-            }
-        )
+        for layer, value in zip(sample.layers, mass, strict=True):
+            values[f"gap_by_layer/captured_mass_{layer:02d}"] = value.nanmean()
+        pl_module.log_dict(values)
+        self._average.add({"missed mass": tau.nanmean(1), "output error": error.nanmean(1)})
 
     # -- the same validation batch, densely --
 

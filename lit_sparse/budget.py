@@ -128,6 +128,11 @@ class Budget:
             low, high = (middle, high) if self(middle) <= keys else (low, middle)
         return low
 
+    def scaled(self, factor: float) -> Budget:
+        """The same law with alpha times a positive factor; one that keeps every key stays so."""
+        dense = self.law == "power" and self.exponent == 1 and self.alpha >= 1
+        return self if dense or factor == 1 else replace(self, alpha=self.alpha * factor)
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments that build this budget again: `Budget(**budget.to_dict()) == budget`."""
         return asdict(self)

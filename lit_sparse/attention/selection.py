@@ -110,23 +110,46 @@ class Selection:
         causal = int((lengths * (lengths + 1) // 2 + lengths * plan.context).sum())
         return pairs / (causal * len(self.columns)) if causal else 1.0
 
-    def entry_table(self) -> Tensor:
+    def entry_table(self, tiles: Tensor | None = None) -> Tensor:
         """int16 [Hkv, tiles, blocks of the longest document]: first row that sees a block, or
         `tile`.
+
+        Args:
+            tiles: int64 on the host, those that are asked for; None: all, quadratic in n.
         """
+        if tiles is None:
+            tiles = torch.arange(self.plan.tiles)
+        device, heads = self.columns.device, len(self.columns)
         blocks = int(np.diff(self.plan.first_block).max(initial=0))
-        heads = len(self.columns)
+        lengths = torch.from_numpy(self.plan.lengths)[tiles]
+        which = torch.arange(len(tiles)).repeat_interleave(lengths)
+        within = torch.arange(len(which)) - (lengths.cumsum(0) - lengths)[which]
+        slots = (self.offsets[tiles][which] + within).to(device)
         # One column more takes the writes of the empty slots.
         table = torch.full(
-            (heads, self.plan.tiles, blocks + 1),
-            self.tile,
-            dtype=torch.int16,
-            device=self.columns.device,
+            (heads, len(tiles), blocks + 1), self.tile, dtype=torch.int16, device=device
         )
-        columns = torch.where(self.columns < 0, blocks, self.columns).long()
-        index = self.slot_tile * (blocks + 1) + columns
-        table.view(heads, -1).scatter_(1, index, self.entry.to(torch.int16))
+        columns = self.columns[:, slots]
+        columns = torch.where(columns < 0, blocks, columns).long()
+        index = which.to(device) * (blocks + 1) + columns
+        table.view(heads, -1).scatter_(1, index, self.entry[:, slots].to(torch.int16))
         return table[..., :blocks]
+
+    def row_places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tile of each packed row, and the row's number inside it: int64 [R] on the host."""
+        starts = torch.from_numpy(self.plan.row_start)
+        rows = rows.cpu()
+        tile = torch.bucketize(rows, starts, right=True) - 1
+        return tile, rows - starts[tile]
+
+    def rows_blocks(self, rows: Tensor) -> Tensor:
+        """bool [Hkv, R, blocks of the longest document]: the blocks of their own document that the
+        packed `rows` see, whole or up to themselves. Its cost is rows x blocks.
+        """
+        tile, row = self.row_places(rows)
+        tiles, own = tile.unique(return_inverse=True)
+        device = self.columns.device
+        return row.to(device)[:, None] >= self.entry_table(tiles)[:, own.to(device)]
 
     def rows_mask(self, rows: Tensor, keys: int, window: int | None = None) -> Tensor:
         """bool [Hkv, R, keys]: which keys of their own document (numbered from 0) the packed
@@ -138,15 +161,12 @@ class Selection:
         device = self.columns.device
         if not self.plan.tiles:
             return self.columns.new_zeros(len(self.columns), len(rows), keys, dtype=torch.bool)
-        tile = (
-            torch.bucketize(rows, torch.from_numpy(self.plan.row_start).to(device), right=True) - 1
-        )
-        row = rows - torch.from_numpy(self.plan.row_start).to(device)[tile]
-        position = torch.from_numpy(self.plan.start).to(device)[tile] + row
+        tile, row = self.row_places(rows)
+        position = (torch.from_numpy(self.plan.start)[tile] + row).to(device)
+        kept = self.rows_blocks(rows)
         key = torch.arange(keys, device=device)
-        table = self._table[:, tile]  # [Hkv, R, blocks]
-        block = (key // self.block).clamp(max=max(table.shape[-1] - 1, 0))
-        seen = (row[:, None] >= table[:, :, block]) & (key <= position[:, None])
+        block = (key // self.block).clamp(max=max(kept.shape[-1] - 1, 0))
+        seen = kept[:, :, block] & (key <= position[:, None])
         return seen if window is None else seen & (position[:, None] - key < window)
 
     @cached_property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -90,7 +89,8 @@ def sparsify(
         state = ModelState(law, backend)
     else:
         # The same object: observers of the model go on observing it.
-        state.law, state.own_budget, state.backend = law, law.budget, backend
+        state.take(law)
+        state.backend = backend
     names = layer_names(model)
     for layer, module in modules:
         setattr(module, NAME, LayerState(layer, names[layer], state))
@@ -130,20 +130,37 @@ def set_budget(model: nn.Module, budget: Budget | None) -> None:
     The model's config follows. None gives them back the budget of `sparsify`. Cheap: nothing is
     registered again; a compiled graph is compiled anew once for each law.
     """
+    _change_law(model, budget, _require_state(model).alpha_factor)
+
+
+def scale_budget(model: nn.Module, factor: float) -> None:
+    """Multiply the alpha of every layer's budget by a factor, in place; dense budgets stay dense.
+
+    The factor is of the budgets as `sparsify` and `set_budget` give them, before and after: a
+    second call replaces the first. The model's config follows.
+    """
+    _change_law(model, _require_state(model).budget, factor)
+
+
+def _change_law(model: nn.Module, budget: Budget | None, alpha_factor: float) -> None:
     state = _require_state(model)
-    law = replace(state.law, budget=budget or state.own_budget)
-    if law == state.law:
+    before = state.law
+    state.change(budget, alpha_factor)
+    if state.law == before:
         return
-    state.law = law
     for _, module in attention_layers(model):
         cast(LayerState, layer_state(module)).read_model()
-    setattr(_transformers(model).config, CONFIG_KEY, law.to_dict())
+    setattr(_transformers(model).config, CONFIG_KEY, state.law.to_dict())
 
 
-def budget_of(model: nn.Module) -> Budget:
-    """What layers of a sparsified model without a budget of their own obey at the moment."""
+def budget_of(model: nn.Module, layer: int | None = None) -> Budget:
+    """What a layer of a sparsified model obeys at the moment; None: those without a budget of their
+    own.
+    """
     state = _require_state(model)
-    return Budget.dense() if state.dense else state.law.budget
+    if state.dense:
+        return Budget.dense()
+    return state.law.budget if layer is None else state.law.of(layer)
 
 
 def set_dense(model: nn.Module, dense: bool) -> None:

@@ -111,14 +111,30 @@ class ModelState:
     _count: ClassVar = itertools.count()
 
     def __init__(self, law: Law, backend: str | None = None) -> None:
-        self.law = law
-        self.own_budget = law.budget
-        """The budget that `sparsify` was given; `set_budget` changes the law's for a while."""
+        self.take(law)
         self.backend = backend
         self.dense = False
         self.observers: list[tuple[Observer, frozenset[int] | None]] = []
         self.documents = DocumentCache()
         self._enrol()
+
+    def take(self, law: Law) -> None:
+        """Obey a law as it was given to `sparsify`."""
+        self.given = law
+        self.budget: Budget | None = None
+        """Instead of the given one, for a while: `set_budget`."""
+        self.alpha_factor = 1.0
+        """Of every budget: `scale_budget`."""
+        self.law = law
+
+    def change(self, budget: Budget | None, alpha_factor: float) -> None:
+        """Obey the given law with another budget and every alpha times a factor."""
+        self.budget, self.alpha_factor = budget, alpha_factor
+        self.law = replace(
+            self.given,
+            budget=(budget or self.given.budget).scaled(alpha_factor),
+            layers={i: own.scaled(alpha_factor) for i, own in self.given.layers.items()},
+        )
 
     def _enrol(self) -> None:
         number = next(self._count)

@@ -16,6 +16,7 @@ from lit_sparse.models import (
     is_sparse,
     law_of,
     observe,
+    scale_budget,
     set_budget,
     set_dense,
     sparsify,
@@ -209,3 +210,21 @@ def test_an_unknown_backend_fails_before_the_first_forward(tiny):
         ValueError, match=r"backend must be None or one of triton, cpu, reference, got 'gpu'"
     ):
         sparsify(tiny(), Budget.dense(), backend="gpu")
+
+
+def test_alpha_is_scaled_whoever_sets_the_budget_and_in_any_order(tiny):
+    model = tiny()
+    given, stage = Budget(alpha=2, floor=16), Budget(alpha=8, exponent=0.25)
+    sparsify(model, given, layers={1: Budget.dense(), 0: Budget(alpha=3)})
+    scale_budget(model, 1.5)
+    assert [budget_of(model).alpha, budget_of(model, 0).alpha] == [3, 4.5]
+    assert budget_of(model, 1) == Budget.dense()
+    set_budget(model, stage)
+    assert budget_of(model) == Budget(alpha=12, exponent=0.25)
+    scale_budget(model, 2)  # of what was given, not of what was
+    assert budget_of(model) == Budget(alpha=16, exponent=0.25)
+    assert law_of(model) == Law.from_dict(model.config.sparse_attention)
+    set_budget(model, None)
+    assert budget_of(model) == Budget(alpha=4, floor=16)
+    scale_budget(model, 1)
+    assert budget_of(model) == given

@@ -1,0 +1,181 @@
+"""Alerts: what a monitor says when something goes wrong, once, where it happened and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_sparse.callbacks.common import add_text
+
+ADVICE = {
+    "concentration": "lower the learning rate of the query and key projections, use QK-norm or "
+    "sigma-reparametrisation",
+    "saturation": "the softmax passes almost no gradient: lower the learning rate of the query "
+    "and key projections, use QK-norm or QK-clip",
+    "dispersion": "scale queries with ln n, allow a larger logit range, or raise the budget's "
+    "alpha",
+    "rank_loss": "all tokens get nearly the same output: check residual scale and value "
+    "projections; if the head is dispersed too, cure that first",
+    "large_logits": "lower the learning rate of the query and key projections; QK-clip acts at 100",
+    "exploding_logits": "clip the query and key weights (QK-clip), or go back to a checkpoint and "
+    "lower the learning rate",
+    "long_context_collapse": "only the longest rows collapse: lengthen the context in smaller "
+    "steps, use a RoPE rule for this length, or length-scaled softmax",
+    "persistent_error": "a larger budget does not help here: keep these layers dense "
+    "(sparse_attention.layers), or let lit-sparse calibrate look at their need",
+    "gap_grows_with_length": "the law is too tight for long contexts: raise the exponent, or "
+    "alpha; lit-sparse calibrate measures both",
+    "not_finite": "go back to the last checkpoint with a lower learning rate or a longer warm-up; "
+    "in half precision use bfloat16",
+}
+"""Kind of alert -> what to do, in a line; callbacks/README.md has the long form of each."""
+
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an alert happened, and the value that raised it. A head of None: the whole layer; a
+    layer of None: the whole model.
+    """
+
+    layer: int | None
+    head: int | None
+    value: float
+
+    def __str__(self) -> str:
+        parts = [
+            f"{k} {v}" for k, v in (("layer", self.layer), ("head", self.head)) if v is not None
+        ]
+        return f"{' '.join(parts) or 'model'}: {self.value:.3g}"
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One alert, of a kind in `ADVICE`, in all places that it was raised for at this step."""
+
+    kind: str
+    step: int
+    places: tuple[Place, ...]
+    what: str
+    """What the values are, e.g. "entropy over ln n below 0.05"."""
+
+    @property
+    def advice(self) -> str:
+        return ADVICE[self.kind]
+
+    def __str__(self) -> str:
+        listed = "; ".join(map(str, self.places[:_LISTED]))
+        more = f"; and {len(self.places) - _LISTED} more" if len(self.places) > _LISTED else ""
+        return (
+            f"{self.kind} at step {self.step}: {self.what} ({listed}{more}). {self.advice} "
+            f"(callbacks/README.md, alerts/{self.kind})"
+        )
+
+    def to_markdown(self) -> str:
+        """The same as a TensorBoard text: a table of all places."""
+        rows = [f"| {p.layer} | {p.head} | {p.value:.4g} |" for p in self.places]
+        return "\n".join(
+            [
+                f"**{self.kind.replace('_', ' ')}**, step {self.step}: {self.what}",
+                "",
+                "| layer | head | value |",
+                "|---|---|---|",
+                *(row.replace("None", "all") for row in rows),
+                "",
+                f"**What to do:** {self.advice}.",
+            ]
+        )
+
+
+Reaction = Literal["warn", "stop"] | Callable[[Trainer, Alert], None]
+"""What `on_alert` may be: a warning and a TensorBoard text only; the same, and training ends after
+this step; the same, and a function called with trainer and alert, on every rank."""
+
+
+class Alarm:
+    """Raises each alert once in a place, and remembers across a resume where it did.
+
+    Args:
+        on_alert: see `Reaction`.
+    """
+
+    def __init__(self, on_alert: Reaction = "warn") -> None:
+        if not (on_alert in ("warn", "stop") or callable(on_alert)):
+            raise ValueError(f"on_alert must be 'warn', 'stop' or a callable, got {on_alert!r}")
+        self.on_alert = on_alert
+        self._raised: set[tuple[str, int | None, int | None]] = set()
+
+    def raise_in(self, trainer: Trainer, kind: str, places: Sequence[Place], what: str) -> None:
+        """Raise an alert in those places where it was not raised before."""
+        new = tuple(p for p in places if (kind, p.layer, p.head) not in self._raised)
+        if not new:
+            return
+        self._raised |= {(kind, p.layer, p.head) for p in new}
+        alert = Alert(kind, trainer.global_step, new, what)
+        rank_zero_warn(f"lit-sparse: {alert}")
+        add_text(trainer, f"alerts/{kind}", alert.to_markdown())
+        if self.on_alert == "stop":
+            trainer.should_stop = True
+        elif callable(self.on_alert):
+            self.on_alert(trainer, alert)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"raised": [list(place) for place in sorted(self._raised, key=str)]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._raised = {tuple(place) for place in state_dict["raised"]}
+
+
+class Persistence:
+    """Averages of a value over the last measurements, beside its first one.
+
+    Healthy heads are often extreme from the start: an alert wants a value that stays past its limit
+    and that moved there.
+
+    Args:
+        patience: measurements that the average covers, and that there must be first.
+    """
+
+    def __init__(self, patience: int = 4) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be >= 1, got {patience}")
+        self.patience = patience
+        self._first: dict[str, Tensor] = {}
+        self._mean: dict[str, Tensor] = {}
+        self._count: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> Tensor | None:
+        """The average with this measurement, of the same shape; None while there are too few."""
+        value = value.detach().double().cpu()
+        count = self._count[name] = self._count.get(name, 0) + 1
+        self._first.setdefault(name, value)
+        before = self._mean.get(name, value)
+        self._mean[name] = before + (value - before) / min(count, self.patience)
+        return self._mean[name] if count >= self.patience else None
+
+    def change(self, name: str) -> Tensor:
+        """The average minus the first measurement."""
+        return self._mean[name] - self._first[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "mean": self._mean, "count": self._count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first, self._mean = state_dict["first"], state_dict["mean"]
+        self._count = state_dict["count"]
+
+
+def places_of(
+    flags: Tensor, values: Tensor, layers: Sequence[int], heads: Sequence[int]
+) -> list[Place]:
+    """The places where `flags` is set, bool [layers, heads], with their `values`."""
+    return [
+        Place(layers[i], heads[j], float(values[i, j])) for i, j in torch.nonzero(flags).tolist()
+    ]
