@@ -153,42 +153,34 @@ def _sharpness(
     mean = seen.sum(-1, keepdim=True) / context[:, None]
     variance = (seen - mean).masked_fill_(hidden, 0.0).square_().sum(-1) / context
     smallest = logits.masked_fill(hidden, math.inf).amin(-1)
-    largest = logits.masked_fill(hidden, -math.inf).amax(-1)
-
-    seen -= largest[..., None]
-    weights = seen.exp().masked_fill_(hidden, 0.0)
-    total = weights.sum(-1)
-    p = weights.div_(total[..., None])
-    plain = _entropy_and_collision(p, seen, torch.zeros_like(total), total.log())
-
-    sink = p[..., :SINK_TOKENS].sum(-1)
-    # Summed, not 1 - sink: where the sink takes nearly all, that difference is rounding.
-    rest = p[..., SINK_TOKENS:]
-    tiny = torch.finfo(p.dtype).tiny
-    if rest.shape[-1]:
-        left = rest.sum(-1).clamp(min=tiny)
-        without = _entropy_and_collision(rest, seen[..., SINK_TOKENS:], left.log(), total.log())
-        heaviest = rest.amax(-1) / left
-    else:
-        without, heaviest = (torch.zeros_like(sink),) * 2, torch.zeros_like(sink)
-    names = ("max_weight", "max_weight_without_sink", "sink_mass", "logit_std")
-    values = (1 / total, heaviest, sink, variance.sqrt())
-    found = dict(zip(names, values, strict=True))
-    found["entropy"], found["collision"] = plain
-    found["entropy_without_sink"], found["collision_without_sink"] = without
+    found, p, log_total, largest = _softmax(logits, hidden)
+    # A softmax of its own: where the sink takes nearly all, what p leaves to the rest underflows.
+    rest, *_ = _softmax(logits[..., SINK_TOKENS:], hidden[:, SINK_TOKENS:])
+    found |= {f"{name}_without_sink": value for name, value in rest.items()}
+    found["sink_mass"] = p[..., :SINK_TOKENS].sum(-1)
+    found["logit_std"] = variance.sqrt()
     found["logit_max"] = torch.maximum(largest.abs(), smallest.abs())
     found["logit_range"] = largest - smallest
+    return found, p, log_total, largest
+
+
+def _softmax(logits: Tensor, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Entropy, collision and largest weight of a softmax [H, R, N], all 0 where everything is
+    hidden; the softmax, and the log-sum-exp, of the logits less the largest, and that.
+    """
+    if not logits.shape[-1]:
+        nothing = logits.new_zeros(logits.shape[:2])
+        found = dict.fromkeys(("entropy", "collision", "max_weight"), nothing)
+        return found, logits, nothing, nothing
+    largest = logits.masked_fill(hidden, -math.inf).amax(-1)
+    relative = (logits - largest[..., None]).masked_fill_(hidden, 0.0)
+    weights = relative.exp().masked_fill_(hidden, 0.0)
+    total = weights.sum(-1)
+    some, total = total > 0, total.clamp(min=1)  # the largest alone gives 1
+    p = weights.div_(total[..., None])
+    entropy = (total.log() - torch.linalg.vecdot(p, relative)).clamp(min=0)
+    found = {"entropy": entropy, "collision": torch.linalg.vecdot(p, p), "max_weight": some / total}
     return found, p, total.log(), largest
-
-
-def _entropy_and_collision(
-    p: Tensor, logits: Tensor, log_mass: Tensor, log_total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of p / exp(log_mass), where p = exp(logits - log_total) [H, R, N]; [H, R] each."""
-    mass = log_mass.exp()
-    mean = torch.linalg.vecdot(p, logits) / mass
-    entropy = (log_total + log_mass - mean).clamp(min=0)
-    return entropy, torch.linalg.vecdot(p, p) / mass.square()
 
 
 def _recall(p: Tensor, kept: Tensor, sink: Tensor, local: Tensor, block: int) -> Tensor:
