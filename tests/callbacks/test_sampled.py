@@ -16,14 +16,6 @@ from lit_sparse.models.sparsify import _require_state
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Recorder(SampledAttentionMonitor):
     def __init__(self, **options):
         super().__init__(**{"every_n_steps": 1, "rows": 6, "min_context": 8, **options})
