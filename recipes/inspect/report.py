@@ -17,8 +17,9 @@ NOT_CENTRED = 0.1
 """A larger share of the inputs' power in their mean breaks the bound's assumption."""
 
 NOTE = (
-    "R / B^2: ||W_Q W_K^T||_F / sqrt(head_dim) at distance 0; RoPE changes it with the distance of "
-    "two tokens, by the factors behind it (root mean square, largest). inputs: entries of what "
+    "R / B^2: ||W_Q W_K^T||_F / sqrt(head_dim) at distance 0, before QK-norm where there is one; "
+    "RoPE changes it with the distance of two tokens, by the factors behind it (root mean square, "
+    "largest). inputs: entries of what "
     "enters W_Q and W_K. largest logit: absolute; bound: R sqrt(2 ln(2 pairs / delta)) at the "
     "worst distance, with B the largest entry and rows in root mean square, biases included; "
     "estimate: the same of the RMS, far under the measured where inputs align with the weights; "
@@ -108,6 +109,8 @@ _SPREAD: tuple[Callable[[Tensor], float], ...] = (
 def sentences(found: Findings, task: Task) -> list[str]:
     """What the numbers mean, plainly."""
     said = [_of_the_bound(found)]
+    if found.texts is None:
+        said.append("Measured on random tokens: --data STORE gives the logits of text.")
     breaking = [x.layer for x in found.layers if x.input_mean_share > NOT_CENTRED]
     if breaking and found.layers[0].norms.ceiling is None:
         most = max(x.input_mean_share for x in found.layers)
@@ -145,28 +148,35 @@ def _of_the_budget(found: Findings, task: Task) -> list[str]:
         pairs = zip(found.lengths, own[0].required.tolist(), strict=True)
         required = ", ".join(f"{nats:.1f} at {context(n)}" for n, nats in pairs)
         said.append(
-            f"{budget} ({whose}){which} can miss at most {100 * task.missed:g} % of the mass only where "
-            f"logits range over {required} nats."
+            f"{budget} ({whose}){which} can miss at most {100 * task.missed:g} % of the mass only "
+            f"where logits range over {required} nats."
         )
+    return [*said, *_infeasible(found)]
+
+
+def _infeasible(found: Findings) -> list[str]:
+    """Contexts at which a whole layer falls short, together where the same layers do."""
+    short_of: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for i, n in enumerate(found.lengths):
-        none = [x.layer for x in found.layers if not x.reached[:, i].any()]
-        barred = [x.layer for x in found.layers if not x.possible[:, i].any()]
-        if barred:
-            said.append(
-                f"Infeasible at {context(n)}: QK-norm lets no row of {_layers(barred)} reach it."
-            )
-        elif none:
-            said.append(
-                f"Infeasible at {context(n)} as measured: no head of {_layers(none)} reaches it."
-            )
-    return said
+        barred = tuple(x.layer for x in found.layers if not x.possible[:, i].any())
+        none = tuple(x.layer for x in found.layers if not x.reached[:, i].any())
+        for why, layers in (
+            ("QK-norm lets no row of {} reach it", barred),
+            ("the measured range of no head of {} reaches it", none),
+        ):
+            if layers:
+                short_of.setdefault((why, layers), []).append(context(n))
+    return [
+        f"Infeasible at {', '.join(where)}: {why.format(_layers(list(layers)))}."
+        for (why, layers), where in short_of.items()
+    ]
 
 
 def _side_by_side(findings: Sequence[Findings]) -> list[str]:
     """Layer by layer, the models in the order given."""
     groups: list[tuple[str, tuple[str, ...]]] = [("", ("layer",))]
     groups += [
-        (f"[{i}] {found.model.name}", ("R/B^2", "logit", "bound/", "range"))
+        (f"[{i}] {label(found)}", ("R/B^2", "logit", "ratio", "range"))
         for i, found in enumerate(findings, start=1)
     ]
     rows = []
@@ -181,8 +191,7 @@ def _side_by_side(findings: Sequence[Findings]) -> list[str]:
     names = [f"[{i}] {found.model}" for i, found in enumerate(findings, start=1)]
     return [
         *wrap(
-            f"Side by side, {', '.join(names)}: largest R/B^2 and logit, median bound/measured and "
-            "range"
+            f"Side by side, {', '.join(names)}: largest R / B^2 and logit, median ratio and range"
         ),
         "",
         *render_table(groups, rows),
@@ -196,6 +205,11 @@ def _short_cells(layer: Layer) -> list[str]:
         short(layer.ratio.median().item()),
         short(layer.range.median().item()),
     ]
+
+
+def label(found: Findings) -> str:
+    """Of a model, shorter than its path: a run's directory is always named alike."""
+    return "/".join(found.model.absolute().parts[-2:])
 
 
 def context(n: int) -> str:
