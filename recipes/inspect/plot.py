@@ -35,7 +35,7 @@ def plot(findings: Sequence[Findings], path: Path) -> None:
             "ms": 4,
         }
         key.append(Line2D([], [], **style, label=label(found)))
-        _band(norms, [layer.norms.weight[:, 0].cpu() for layer in found.layers], style)
+        _band(norms, [layer.norms.weight[:, 0] for layer in found.layers], style)
         _band(logits, [layer.largest for layer in found.layers], style)
         _band(ranges, [layer.range for layer in found.layers], style)
         for part, dashes in (("bound", "--"), ("estimate", ":")):

@@ -49,9 +49,13 @@ def _title(found: Findings, task: Task) -> str:
     first = found.layers[0]
     what = "random tokens" if found.texts is None else f"text of {task.data}"
     count = task.documents if found.texts is None else len(found.texts)
+    norms = first.norms
+    biased = bool(norms.query_bias.any() or norms.key_bias.any())
+    parts = [" with biases"] * biased + [" with QK-norm"] * (norms.ceiling is not None)
     return (
         f"{found.model}: {found.kind}, {len(found.layers)} layers of {len(first.range)} query "
-        f"heads; {count} x {found.length} {what}, {task.rows} rows of the later half of each"
+        f"heads{' and'.join(parts)}; {count} x {found.length} {what}, {task.rows} rows of the "
+        "later half of each"
     )
 
 
@@ -78,10 +82,10 @@ def _rows(layer: Layer, heads: bool) -> list[list[str]]:
 
 
 def _cells(layer: Layer, name: str, part: slice) -> list[str]:
-    at_zero = layer.norms.weight[part, 0].cpu()
+    at_zero = layer.norms.weight[part, 0]
     # Weights of zero have no ratio.
-    mean = layer.norms.mean_weight[part].cpu() / at_zero
-    largest = layer.norms.weight[part].cpu().amax(-1) / at_zero
+    mean = layer.norms.mean_weight[part] / at_zero
+    largest = layer.norms.weight[part].amax(-1) / at_zero
     reached, count = layer.reached[part].sum(0).tolist(), len(at_zero)
     return [
         name,
@@ -145,6 +149,9 @@ def _of_the_budget(found: Findings, task: Task) -> list[str]:
     for budget in budgets:
         own = [layer for layer in found.layers if layer.budget == budget]
         which = "" if len(budgets) == 1 else f" in {_layers([x.layer for x in own])}"
+        if not own[0].required.any():
+            said.append(f"{budget} ({whose}){which} requires no range of logits.")
+            continue
         pairs = zip(found.lengths, own[0].required.tolist(), strict=True)
         required = ", ".join(f"{nats:.1f} at {context(n)}" for n, nats in pairs)
         said.append(
@@ -159,7 +166,8 @@ def _infeasible(found: Findings) -> list[str]:
     short_of: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for i, n in enumerate(found.lengths):
         barred = tuple(x.layer for x in found.layers if not x.possible[:, i].any())
-        none = tuple(x.layer for x in found.layers if not x.reached[:, i].any())
+        without = tuple(x.layer for x in found.layers if not x.reached[:, i].any())
+        none = tuple(layer for layer in without if layer not in barred)
         for why, layers in (
             ("QK-norm lets no row of {} reach it", barred),
             ("the measured range of no head of {} reaches it", none),

@@ -55,6 +55,10 @@ def folder(tmp_path_factory):
         model = _build(kind)
         if kind == "llama":
             sparsify(model, LAW, layers={1: Budget.dense()}, block=8)
+        if kind == "qwen2":
+            for layer in model.model.layers:
+                torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+                torch.nn.init.normal_(layer.self_attn.k_proj.bias)
         model.save_pretrained(folder / kind)
     (folder / "text").mkdir()
     for number in range(40):
@@ -153,9 +157,11 @@ def test_what_is_printed_names_models_layers_and_what_is_infeasible(folder, repo
     printed = report[0]
     assert "[1] " in printed.partition("Side by side")[2]
     for kind in KINDS:
-        assert f"{folder / kind}: {kind}, 2 layers of 4 query heads; 1 x {LENGTH}" in printed
+        of = {"qwen2": " with biases", "qwen3": " with QK-norm"}.get(kind, "")
+        assert f"{folder / kind}: {kind}, 2 layers of 4 query heads{of}; 1 x {LENGTH}" in printed
         assert f"{folder.name}/{kind}" in printed
     assert f"{LAW} (the model's law) in layer 0 can miss at most 5 % of the mass" in printed
+    assert "(the model's law) in layer 1 requires no range of logits" in printed
     assert 'preset "balanced", as the config has no law' in printed
     assert "it says nothing there" in printed
     assert "Infeasible at " in printed
