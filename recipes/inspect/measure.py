@@ -156,57 +156,54 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
             the model do not go together.
     """
     model, own_law = _load(directory, task)
-    config = model.config.get_text_config()
-    length = task.length or min(DEFAULT_LENGTH, config.max_position_embeddings)
+    length = task.length or min(DEFAULT_LENGTH, model.config.max_position_embeddings)
     check_length(model, length)
-    if task.data is None:
-        drawn = torch.Generator().manual_seed(SEED)
-        known = model.get_input_embeddings().num_embeddings
-        texts = list(torch.randint(known, (task.documents, length), generator=drawn))
-        names = None
-    else:
-        texts, names = validation_pieces(model, directory, task.data, length, task.documents)
-
+    texts, names = _texts(model, directory, task, length)
     inputs = {layer: _Inputs() for layer, _ in attention_layers(model)}
     logits = _Logits(task.rows, length // 2)
-    watched = (dense_attention(model), observe(model, logits), _watch(model, inputs))
-    with torch.no_grad(), watched[0], watched[1], watched[2]:
+    with torch.no_grad(), dense_attention(model), observe(model, logits), _watch(model, inputs):
         for number, tokens in enumerate(texts, start=1):
             progress(f"{directory}: text {number} of {len(texts)} ...")
             logits.text = number
-            try:
-                # The base model: nobody reads the logits of the vocabulary.
-                model.base_model(input_ids=tokens[None].to(task.device), use_cache=False)
-            except NotImplementedError as error:
-                raise BadArgument(f"--model {directory}: {error}") from error
+            # The base model: nobody reads the logits of the vocabulary.
+            model.base_model(input_ids=tokens[None].to(task.device), use_cache=False)
 
     lengths = (length, *(n for n in LENGTHS if n > length))
     law, pairs = law_of(model), task.rows * length * len(texts)
     layers = []
-    for layer, norms in logit_norms(model, distances(length)).items():
-        seen, budget = inputs[layer], law.of(layer)
-        bound = norms.largest_logit(seen.largest, pairs, task.delta)
+    for number, norms in logit_norms(model, distances(length)).items():
+        seen, budget = inputs[number], law.of(number)
         estimate = norms.largest_logit(seen.rms, pairs, task.delta)
-        context = torch.tensor(lengths)
-        largest, span = logits.largest(layer), logits.median_range(layer)
-        if not (largest.isfinite().all() and span.isfinite().all()):
-            raise BadArgument(f"--model {directory}: layer {layer} has logits that are not finite")
-        layers.append(
-            Layer(
-                layer,
-                budget,
-                seen.largest,
-                seen.rms,
-                seen.mean_share,
-                norms,
-                bound.cpu(),
-                (estimate if norms.ceiling is None else torch.full_like(estimate, torch.nan)).cpu(),
-                largest,
-                span,
-                theory.required_logit_range(context, budget(context), task.missed),
-            )
+        layer = Layer(
+            number,
+            budget,
+            seen.largest,
+            seen.rms,
+            seen.mean_share,
+            norms,
+            norms.largest_logit(seen.largest, pairs, task.delta),
+            estimate if norms.ceiling is None else torch.full_like(estimate, torch.nan),
+            logits.largest(number),
+            logits.median_range(number),
+            theory.required_logit_range(
+                torch.tensor(lengths), budget(torch.tensor(lengths)), task.missed
+            ),
         )
-    return Findings(directory, config.model_type, names, length, lengths, own_law, layers)
+        if not (layer.largest.isfinite() & layer.range.isfinite()).all():
+            raise BadArgument(f"--model {directory}: layer {number} has logits that are not finite")
+        layers.append(layer)
+    return Findings(directory, model.config.model_type, names, length, lengths, own_law, layers)
+
+
+def _texts(
+    model: Any, directory: Path, task: Task, length: int
+) -> tuple[list[Tensor], list[str] | None]:
+    """int64 [length] each, and where they stand; random ones stand nowhere."""
+    if task.data is not None:
+        return validation_pieces(model, directory, task.data, length, task.documents)
+    drawn = torch.Generator().manual_seed(SEED)
+    known = model.get_input_embeddings().num_embeddings
+    return list(torch.randint(known, (task.documents, length), generator=drawn)), None
 
 
 def _load(directory: Path, task: Task) -> tuple[Any, bool]:

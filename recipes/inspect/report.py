@@ -17,8 +17,9 @@ NOT_CENTRED = 0.1
 """A larger share of the inputs' power in their mean breaks the bound's assumption."""
 
 NOTE = (
-    "R / B^2: ||W_Q W_K^T||_F / sqrt(head_dim) at distance 0; RoPE changes it with the distance of "
-    "two tokens, by the factors behind it (root mean square, largest). inputs: entries of what "
+    "R / B^2: ||W_Q W_K^T||_F / sqrt(head_dim) at distance 0, before QK-norm where there is one; "
+    "RoPE changes it with the distance of two tokens, by the factors behind it (root mean square, "
+    "largest). inputs: entries of what "
     "enters W_Q and W_K. largest logit: absolute; bound: R sqrt(2 ln(2 pairs / delta)) at the "
     "worst distance, with B the largest entry and rows in root mean square, biases included; "
     "estimate: the same of the RMS, far under the measured where inputs align with the weights; "
@@ -48,9 +49,13 @@ def _title(found: Findings, task: Task) -> str:
     first = found.layers[0]
     what = "random tokens" if found.texts is None else f"text of {task.data}"
     count = task.documents if found.texts is None else len(found.texts)
+    norms = first.norms
+    biased = bool(norms.query_bias.any() or norms.key_bias.any())
+    parts = [" with biases"] * biased + [" with QK-norm"] * (norms.ceiling is not None)
     return (
         f"{found.model}: {found.kind}, {len(found.layers)} layers of {len(first.range)} query "
-        f"heads; {count} x {found.length} {what}, {task.rows} rows of the later half of each"
+        f"heads{' and'.join(parts)}; {count} x {found.length} {what}, {task.rows} rows of the "
+        "later half of each"
     )
 
 
@@ -77,10 +82,10 @@ def _rows(layer: Layer, heads: bool) -> list[list[str]]:
 
 
 def _cells(layer: Layer, name: str, part: slice) -> list[str]:
-    at_zero = layer.norms.weight[part, 0].cpu()
+    at_zero = layer.norms.weight[part, 0]
     # Weights of zero have no ratio.
-    mean = layer.norms.mean_weight[part].cpu() / at_zero
-    largest = layer.norms.weight[part].cpu().amax(-1) / at_zero
+    mean = layer.norms.mean_weight[part] / at_zero
+    largest = layer.norms.weight[part].amax(-1) / at_zero
     reached, count = layer.reached[part].sum(0).tolist(), len(at_zero)
     return [
         name,
@@ -108,6 +113,8 @@ _SPREAD: tuple[Callable[[Tensor], float], ...] = (
 def sentences(found: Findings, task: Task) -> list[str]:
     """What the numbers mean, plainly."""
     said = [_of_the_bound(found)]
+    if found.texts is None:
+        said.append("Measured on random tokens: --data STORE gives the logits of text.")
     breaking = [x.layer for x in found.layers if x.input_mean_share > NOT_CENTRED]
     if breaking and found.layers[0].norms.ceiling is None:
         most = max(x.input_mean_share for x in found.layers)
@@ -142,31 +149,42 @@ def _of_the_budget(found: Findings, task: Task) -> list[str]:
     for budget in budgets:
         own = [layer for layer in found.layers if layer.budget == budget]
         which = "" if len(budgets) == 1 else f" in {_layers([x.layer for x in own])}"
+        if not own[0].required.any():
+            said.append(f"{budget} ({whose}){which} requires no range of logits.")
+            continue
         pairs = zip(found.lengths, own[0].required.tolist(), strict=True)
         required = ", ".join(f"{nats:.1f} at {context(n)}" for n, nats in pairs)
         said.append(
-            f"{budget} ({whose}){which} can miss at most {100 * task.missed:g} % of the mass only where "
-            f"logits range over {required} nats."
+            f"{budget} ({whose}){which} can miss at most {100 * task.missed:g} % of the mass only "
+            f"where logits range over {required} nats."
         )
+    return [*said, *_infeasible(found)]
+
+
+def _infeasible(found: Findings) -> list[str]:
+    """Contexts at which a whole layer falls short, together where the same layers do."""
+    short_of: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for i, n in enumerate(found.lengths):
-        none = [x.layer for x in found.layers if not x.reached[:, i].any()]
-        barred = [x.layer for x in found.layers if not x.possible[:, i].any()]
-        if barred:
-            said.append(
-                f"Infeasible at {context(n)}: QK-norm lets no row of {_layers(barred)} reach it."
-            )
-        elif none:
-            said.append(
-                f"Infeasible at {context(n)} as measured: no head of {_layers(none)} reaches it."
-            )
-    return said
+        barred = tuple(x.layer for x in found.layers if not x.possible[:, i].any())
+        without = tuple(x.layer for x in found.layers if not x.reached[:, i].any())
+        none = tuple(layer for layer in without if layer not in barred)
+        for why, layers in (
+            ("QK-norm lets no row of {} reach it", barred),
+            ("the measured range of no head of {} reaches it", none),
+        ):
+            if layers:
+                short_of.setdefault((why, layers), []).append(context(n))
+    return [
+        f"Infeasible at {', '.join(where)}: {why.format(_layers(list(layers)))}."
+        for (why, layers), where in short_of.items()
+    ]
 
 
 def _side_by_side(findings: Sequence[Findings]) -> list[str]:
     """Layer by layer, the models in the order given."""
     groups: list[tuple[str, tuple[str, ...]]] = [("", ("layer",))]
     groups += [
-        (f"[{i}] {found.model.name}", ("R/B^2", "logit", "bound/", "range"))
+        (f"[{i}] {label(found)}", ("R/B^2", "logit", "ratio", "range"))
         for i, found in enumerate(findings, start=1)
     ]
     rows = []
@@ -181,8 +199,7 @@ def _side_by_side(findings: Sequence[Findings]) -> list[str]:
     names = [f"[{i}] {found.model}" for i, found in enumerate(findings, start=1)]
     return [
         *wrap(
-            f"Side by side, {', '.join(names)}: largest R/B^2 and logit, median bound/measured and "
-            "range"
+            f"Side by side, {', '.join(names)}: largest R / B^2 and logit, median ratio and range"
         ),
         "",
         *render_table(groups, rows),
@@ -196,6 +213,11 @@ def _short_cells(layer: Layer) -> list[str]:
         short(layer.ratio.median().item()),
         short(layer.range.median().item()),
     ]
+
+
+def label(found: Findings) -> str:
+    """Of a model, shorter than its path: a run's directory is always named alike."""
+    return "/".join(found.model.absolute().parts[-2:])
 
 
 def context(n: int) -> str:
