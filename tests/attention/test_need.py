@@ -88,7 +88,7 @@ def test_equal_keys_need_the_share_that_may_not_be_missed():
 
 
 def test_a_sink_does_not_hide_what_the_rest_needs():
-    """One key has all but e^-100 of the mass; the rest of the row counts as if it were not there."""
+    """One key has all but e^-100 of the mass; the rest counts as if it were not there."""
     k = torch.zeros(400, 1, 1)
     k[0] = 100.0
     q = torch.ones(400, 1, 1)
