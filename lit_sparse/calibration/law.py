@@ -18,6 +18,9 @@ _SLACK = 1.1
 # Width of an interval of C from which it says little.
 _UNKNOWN = 0.5
 
+# Share of the heads that may look odd by chance.
+_CHANCE = 0.05
+
 
 @dataclass(frozen=True)
 class ChosenLaw:
@@ -76,7 +79,7 @@ def choose_law(
     sparse = [layer for layer in range(len(upper)) if layer not in dense]
     warnings = [_proportional(dense, len(upper))] if dense else []
     if not sparse:
-        return ChosenLaw(Budget.dense(), {}, tuple(warnings + _doubts(fits, sparse)))
+        return ChosenLaw(Budget.dense(), {}, tuple(warnings))
 
     exponent = round(float(torch.quantile(fits.exponent[sparse], 0.75)), 2)
     factor = fits.k_ref[sparse] * fits.n_ref**-exponent
@@ -103,17 +106,15 @@ def choose_law(
 
 
 def _doubts(fits: HeadFits, sparse: Sequence[int]) -> list[str]:
-    """Sentences on what speaks against the laws of heads in layers that have one."""
-    verdicts = torch.tensor([[v == "no power law" for v in layer] for layer in fits.verdict])
+    """Sentences on what speaks against the laws of more heads than chance explains."""
+    odd = torch.tensor([[v == "no power law" for v in layer] for layer in fits.verdict])
+    drifting = fits.convex & (fits.exponent < PROPORTIONAL)
     unknown = fits.exponent_high - fits.exponent_low > _UNKNOWN
     found = []
     for heads, what in (
+        (odd, "A power law does not fit {}: take the budget for the measured contexts only."),
         (
-            verdicts,
-            "A power law does not fit {}: take the budget for the measured contexts only.",
-        ),
-        (
-            fits.convex & (fits.exponent < PROPORTIONAL),
+            drifting,
             "The need of {} grows faster at longer contexts, its C drifts towards 1: do not use "
             f"the budget beyond {2 * fits.longest} tokens, twice the longest measured context.",
         ),
@@ -124,7 +125,7 @@ def _doubts(fits: HeadFits, sparse: Sequence[int]) -> list[str]:
         ),
     ):
         own = heads[list(sparse)]
-        if own.any():
+        if own.double().mean() > _CHANCE:
             where = [layer for layer in sparse if heads[layer].any()]
             count = f"{int(own.sum())} of {own.numel()} heads"
             found.append(what.format(f"{count} ({_layers(where, len(heads)).lower()})"))
