@@ -24,6 +24,9 @@ Verdict = Literal["power", "constant", "proportional", "no power law"]
 PROPORTIONAL = 0.9
 """Exponent from which a need is taken as proportional to the context."""
 
+# From which it is so where a proportional form is the best one.
+_NEARLY = 0.8
+
 MIN_DOCUMENTS = 8
 _MIN_LENGTHS = 3
 _MIN_RANGE = 4
@@ -103,7 +106,8 @@ class HeadFits:
     def verdict(self) -> list[list[Verdict]]:
         """Of every head, the first that holds:
 
-        - "proportional": C is .9 or more, or a proportional form is the best and C may be .9;
+        - "proportional": C is .9 or more, or a proportional form is the best one, C .8 or more,
+          and .9 within its interval;
         - "no power law": C changes by more than .3 over the measured contexts, or a curve that is
           none is much better;
         - "constant": the best form is;
@@ -117,9 +121,10 @@ class HeadFits:
 
     def _verdict(self, layer: int, head: int, bent: bool) -> Verdict:
         model = self.model[layer][head]
-        # Of few short rows the upper quantile falls towards the mean as n grows, and C with it.
-        uncertain = self.exponent_high if model in ("linear", "gaussian") else self.exponent
-        if max(self.exponent[layer, head], uncertain[layer, head]) >= PROPORTIONAL:
+        exponent, high = float(self.exponent[layer, head]), float(self.exponent_high[layer, head])
+        # Short rows scatter more, so that their upper quantile hides a part of what C should be.
+        likely = model in ("linear", "gaussian") and exponent >= _NEARLY and high >= PROPORTIONAL
+        if exponent >= PROPORTIONAL or likely:
             return "proportional"
         if bent or (model in ("log", "gaussian") and self.misfit[layer, head] > _STRONG):
             return "no power law"
