@@ -71,8 +71,8 @@ def test_what_speaks_against_a_law_is_said(simulate):
     noisy = _fits(simulate, [(6, 0.5)], of_document=0.5, documents=12)
     assert "measure more documents" in choose_law(noisy).warnings[-1]
 
-    wide = choose_law(_fits(simulate, [(20, 0.6)], lengths=(256, 512, 1024, 2048)))
-    assert "keeps 90 % and more of the keys" in wide.warnings[0]
+    idle = choose_law(_fits(simulate, [(6, 0.5)]), floor=4000)
+    assert "budget of layer 0 keeps 90 % and more of the keys" in idle.warnings[0]
 
 
 def test_a_law_builds_itself_again_and_is_scaled_whole():
