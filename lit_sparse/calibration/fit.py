@@ -249,6 +249,12 @@ def _check(needs: Needs) -> int:
         if not lengths or end >= _SAME_LENGTH * lengths[-1]:
             lengths.append(end)
     shortest, longest = int(needs.context.min()), int(needs.context.max())
+    always = needs.sink + needs.local
+    if shortest <= always:
+        raise ValueError(
+            f"fit_heads: contexts too short to fit a law: rows that see {shortest} tokens have no "
+            f"others than the {always} that are always kept; measure longer ones, or keep fewer"
+        )
     if len(lengths) < _MIN_LENGTHS or longest < _MIN_RANGE * shortest:
         raise ValueError(
             f"fit_heads: contexts too short to fit a law: {len(lengths)} lengths, contexts of "

@@ -111,6 +111,7 @@ def test_whole_blocks_widen_what_is_known(simulate):
     [
         ({"documents": 7}, "7 documents are too few to fit a law: measure at least 8"),
         ({"lengths": (512, 4096)}, "contexts too short to fit a law: 2 lengths"),
+        ({"lengths": (150, 300, 900)}, "no others than the 128 that are always kept"),
         ({"lengths": (1000, 1050, 1100)}, "too short to fit a law: 1 lengths, contexts of"),
         ({"lengths": (512, 700, 1000)}, "at least 3 lengths whose contexts span a factor of 4"),
     ],
