@@ -56,6 +56,21 @@ def test_healthy_noise_is_no_evidence_against_a_power_law(simulate):
     assert fits.convex.double().mean() < 0.1
 
 
+def test_the_law_is_that_of_the_upper_rows(simulate):
+    """Rows scatter by more where n is larger, so the 9th of 10 grows faster than the middle one."""
+    generator = torch.Generator().manual_seed(1)
+
+    def law(n):
+        scatter = 0.2 + 0.15 * (n / 1300).log()
+        noise = torch.randn(len(n), 1, 6, generator=generator, dtype=torch.float64)
+        return 8 * n**HALF * (scatter * noise).exp()
+
+    needs = simulate(law, rows=16)
+    upper, middle = fit_heads(needs, "keys"), fit_heads(needs, "keys", quantile=0.5)
+    assert float(upper.exponent.mean()) == pytest.approx(0.5 + 1.28 * 0.15, abs=0.05)
+    assert float(middle.exponent.mean()) == pytest.approx(0.5, abs=0.05)
+
+
 def test_uncertain_exponents_are_drawn_to_their_layer(simulate):
     noisy = simulate(lambda n: 4 * n**HALF, of_document=0.4, seed=5)
     fits = fit_heads(noisy, which="keys")
