@@ -189,11 +189,10 @@ class DenseGapMonitor(SampledAttentionMonitor):
         gap, self._comparison = self._comparison.result(pl_module), None
         if gap is None:
             return
-        values = {
-            "gap/kl": gap.kl,
-            "gap/top1_agreement": gap.top1_agreement,
-            **{f"gap_by_context/kl_{n:05d}": kl for n, kl in gap.by_context().items()},
-        }
+        values = {"gap/kl": gap.kl, "gap/top1_agreement": gap.top1_agreement}
+        for n, kl in gap.by_context().items():
+            if 2 * n > self.settings.min_context:  # the buckets that sampled rows have
+                values[f"gap_by_context/kl_{n:05d}"] = kl
         if not math.isnan(gap.loss_delta):
             values["gap/loss_delta"] = gap.loss_delta
         pl_module.log_dict(values)
