@@ -100,7 +100,6 @@ class SampledAttentionMonitor(Callback):
         if self._moment is not None:
             sampler = sampler_of(trainer, self.settings)
             sample = sampler.take(trainer, pl_module, self._moment)
-            self._moment = None
             if sample is not None and sample.layers:
                 self.finish(trainer, pl_module, sample)
 
