@@ -159,12 +159,5 @@ class CollapseMonitor(SampledAttentionMonitor):
     def _draw(self, trainer: Trainer) -> None:
         if panels := self._average.take():
             titles = {name.replace("_", " "): value for name, value in panels.items()}
-            limits = {
-                "entropy ratio": (0.0, 1.0),
-                "max weight": (0.0, 1.0),
-                "sink mass": (0.0, 1.0),
-            }
-            figure = heat_maps(
-                titles, f"Attention by layer and head, step {trainer.global_step}", limits
-            )
+            figure = heat_maps(titles, f"Attention by layer and head, step {trainer.global_step}")
             add_figure(trainer, "collapse/by_layer_and_head", figure)

@@ -7,7 +7,6 @@ from lit_sparse.attention import select, sparse_attention
 from lit_sparse.attention.probe import SINK_TOKENS, probe_rows, sample_rows
 from lit_sparse.callbacks import CollapseMonitor, DenseGapMonitor
 from lit_sparse.callbacks.dense_gap import _compare, _targets
-from lit_sparse.callbacks.heatmap import heat_maps
 from lit_sparse.callbacks.sampled import Average
 from lit_sparse.models import build_model, dense_attention
 
@@ -156,12 +155,3 @@ def test_monitor_state_survives_a_checkpoint():
 def test_bad_options_are_named(monitor, option):
     with pytest.raises(ValueError, match=f"{monitor.__name__} {option} must be >= 1"):
         monitor(**{option: 0})
-
-
-def test_heat_maps_draw_every_panel_with_its_limits():
-    panels = {name: torch.rand(3, 4) for name in ("a", "b", "c", "d")}
-    figure = heat_maps(panels, "title", {"a": (0.0, 1.0)})
-    drawn = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
-    assert set(drawn) == set(panels)
-    assert drawn["a"].images[0].get_clim() == (0.0, 1.0)
-    assert len(drawn["b"].texts) == 12
