@@ -1,6 +1,7 @@
 """Lightning callbacks: the plugin, the curriculum, the monitors, and what a run leaves behind."""
 
 from lit_sparse.callbacks.checkpoint import RunCheckpoint
+from lit_sparse.callbacks.cockpit import Cockpit
 from lit_sparse.callbacks.collapse import CollapseMonitor
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
@@ -15,6 +16,7 @@ from lit_sparse.callbacks.throughput import Throughput
 
 __all__ = [
     "BudgetController",
+    "Cockpit",
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
