@@ -22,11 +22,11 @@ from lit_sparse.models import Law, alpha_factor, configured_law
 from lit_sparse.training.curriculum import Stage, find_curriculum
 
 METRICS = (
-    "train/loss",
     "val/loss",
     "gap/kl",
     "gap/missed_mass",
     "gap/output_error",
+    "train/loss",
     "train/tokens_per_second",
 )
 """Logged metrics whose last values stand in a run's row under HPARAMS."""
@@ -166,16 +166,15 @@ def _hyperparameters(
     trainer: Trainer, pl_module: LightningModule, base: Budget | None
 ) -> dict[str, str | float]:
     model = _model(pl_module)
-    law, factor = configured_law(model), alpha_factor(model)
-    budget = (base or law.budget).scaled(factor)
+    budget = (base or configured_law(model).budget).scaled(alpha_factor(model))
+    stages = _stages(trainer)
+    lengths = f"{stages[0].length} to {stages[-1].length}, " if stages else ""
+    # Five: as many as the table shows before it is told to.
     found: dict[str, str | float] = {
-        "law": str(budget),
         "alpha": budget.alpha,
         "exponent": budget.exponent,
         "floor": budget.floor,
-        "block": law.block,
-        "curriculum": ", ".join(f"{s.length} x {s.steps}" for s in _stages(trainer)) or "none",
-        "steps": trainer.global_step,
+        "curriculum": f"{lengths}{trainer.global_step} steps",
     }
     if trainer.optimizers:
         group = trainer.optimizers[0].param_groups[0]
