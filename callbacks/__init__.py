@@ -2,6 +2,7 @@
 
 from lit_sparse.callbacks.checkpoint import RunCheckpoint
 from lit_sparse.callbacks.collapse import CollapseMonitor
+from lit_sparse.callbacks.collapse_rules import CollapseLimits
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
 from lit_sparse.callbacks.export import HuggingFaceExport
@@ -13,6 +14,7 @@ from lit_sparse.callbacks.step_seed import StepSeed
 from lit_sparse.callbacks.throughput import Throughput
 
 __all__ = [
+    "CollapseLimits",
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
