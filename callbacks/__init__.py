@@ -3,6 +3,7 @@
 from lit_sparse.callbacks.checkpoint import RunCheckpoint
 from lit_sparse.callbacks.cockpit import Cockpit
 from lit_sparse.callbacks.collapse import CollapseMonitor
+from lit_sparse.callbacks.collapse_rules import CollapseLimits
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
@@ -17,6 +18,7 @@ from lit_sparse.callbacks.throughput import Throughput
 __all__ = [
     "BudgetController",
     "Cockpit",
+    "CollapseLimits",
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
