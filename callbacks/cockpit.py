@@ -118,7 +118,7 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     page = {"Loss": loss}
     if _find(trainer, DenseGapMonitor):
         page["Gap to dense attention"] = {
-            "captured mass, p5 to p95": _band("gap/captured_mass"),
+            "missed mass, p5 to p95": _band("gap/missed_mass"),
             "output error, p5 to p95": _band("gap/output_error"),
             "recall of the selection, p5 to p95": _band("gap/recall"),
             "KL to dense (nats a token)": _lines("gap/kl"),
@@ -131,9 +131,11 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
         page["Collapse"] = {
             "entropy / ln n, p5 to p95": _band("collapse/entropy_ratio", "collapse_spread"),
             "entropy / ln n by layer": _lines("collapse_by_layer/entropy_ratio_.*"),
-            "largest weight": _lines("collapse/max_weight.*"),
+            "largest weight": _lines("collapse/max_weight(_without_sink)?"),
             "largest logit (nats)": _lines("collapse/logit_max"),
+            "gamma, of std and of entropy (collapse at 1)": _lines("collapse/gamma(_of_entropy)?"),
             "rank residual": _lines("collapse/rank_residual"),
+            "gradients of query and key weights": _lines("collapse/(query|key)_grad_norm"),
         }
     page["Curriculum"] = {
         "length and k(n) (tokens)": _lines("curriculum/(length|budget)"),

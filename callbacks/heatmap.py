@@ -66,6 +66,7 @@ SCALES: dict[str, Scale] = {
     "logit std": Scale(0, 6, unit="nats"),
     "logit max": Scale(0, 100, "high is worse", "nats"),
     "logit range": Scale(0, 100, unit="nats"),
+    "range margin": Scale(-10, 10, "low is worse", "nats"),
     "gamma": _SHARE_HIGH,
     "gamma of entropy": _SHARE_HIGH,
     "rank residual": _SHARE_LOW,
