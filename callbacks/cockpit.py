@@ -170,13 +170,13 @@ def _hyperparameters(
     model = _model(pl_module)
     budget = (base or configured_law(model).budget).scaled(alpha_factor(model))
     stages = _stages(trainer)
-    lengths = f"{stages[0].length} to {stages[-1].length}, " if stages else ""
-    # Five: as many as the table shows before it is told to.
+    # Five and the steps: the table shows five, by the alphabet, before it is told to show more.
     found: dict[str, str | float] = {
         "alpha": budget.alpha,
         "exponent": budget.exponent,
         "floor": budget.floor,
-        "curriculum": f"{lengths}{trainer.global_step} steps",
+        "curriculum": f"{stages[0].length} to {stages[-1].length}" if stages else "none",
+        "steps": trainer.global_step,
     }
     if trainer.optimizers:
         group = trainer.optimizers[0].param_groups[0]

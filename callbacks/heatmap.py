@@ -14,16 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+# White reaches far to both sides: near the ends is where the alerts are.
+_FROM_THE_MIDDLE = np.linspace(-1, 1, 256)
 _COLOURS = {
-    "high is worse": "YlOrRd",
-    "low is worse": "YlOrRd_r",
-    "both ends are bad": "PuOr",
-    "": "cividis",
+    "high is worse": colormaps["YlOrRd"],
+    "low is worse": colormaps["YlOrRd_r"],
+    "both ends are bad": ListedColormap(
+        colormaps["PuOr"](0.5 + 0.5 * _FROM_THE_MIDDLE * abs(_FROM_THE_MIDDLE) ** 1.5)
+    ),
+    "": colormaps["cividis"],
 }
 
 
@@ -69,7 +73,7 @@ SCALES: dict[str, Scale] = {
     "range margin": Scale(-10, 10, "low is worse", "nats"),
     "gamma": _SHARE_HIGH,
     "gamma of entropy": _SHARE_HIGH,
-    "rank residual": _SHARE_LOW,
+    "rank residual": Scale(0.01, 1, "low is worse", log=True),
     "cosine": Scale(-1, 1, "high is worse"),
 }
 """Name of a panel, with or without " without sink" behind it -> its scale."""
@@ -127,7 +131,7 @@ def heat_maps(
 def _draw(figure: Figure, axis: Any, name: str, data: np.ndarray) -> None:
     scale = _scale_of(name, data)
     norm = (LogNorm if scale.log else Normalize)(scale.low, scale.high)
-    colours = colormaps[_COLOURS[scale.bad]].with_extremes(bad="0.75")
+    colours = _COLOURS[scale.bad].with_extremes(bad="0.75")
     image = axis.imshow(data, aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
     axis.set_title(name, fontsize=10)
     axis.set_xlabel("head", fontsize=8)

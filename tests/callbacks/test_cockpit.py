@@ -147,7 +147,8 @@ def test_a_finished_run_has_a_row_with_law_curriculum_and_gap(run):
         "alpha": pytest.approx(5 * 0.97**-14),
         "exponent": 0.5,
         "floor": 16,
-        "curriculum": "128 to 256, 5 steps",
+        "curriculum": "128 to 256",
+        "steps": 5,
         "learning_rate": pytest.approx(2e-3),
     }
     assert metrics == list(METRICS)
