@@ -132,7 +132,9 @@ def _draw(figure: Figure, axis: Any, name: str, data: np.ndarray) -> None:
     scale = _scale_of(name, data)
     norm = (LogNorm if scale.log else Normalize)(scale.low, scale.high)
     colours = _COLOURS[scale.bad].with_extremes(bad="0.75")
-    image = axis.imshow(data, aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
+    # A logarithmic scale has no colour for 0.
+    shown = data.clip(scale.low, scale.high)
+    image = axis.imshow(shown, aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
     axis.set_title(name, fontsize=10)
     axis.set_xlabel("head", fontsize=8)
     axis.set_ylabel("layer", fontsize=8)
@@ -151,7 +153,7 @@ def _draw(figure: Figure, axis: Any, name: str, data: np.ndarray) -> None:
     if written:
         for (layer, head), value in np.ndenumerate(data):
             if np.isfinite(value):
-                colour = "white" if _is_dark(image.to_rgba(value)) else "black"
+                colour = "white" if _is_dark(image.to_rgba(shown[layer, head])) else "black"
                 style = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
                 axis.text(head, layer, _short(value), **style)
     # Beside the number in the corner of a cell, or in the middle of a small one.

@@ -37,6 +37,9 @@ class Module(LightningModule):
         ids = torch.randint(257, (1, 256), generator=generator)
         return self.model(input_ids=ids, labels=ids).loss
 
+    def validation_step(self, batch, batch_idx):
+        self.validated = law_of(self.model)
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
@@ -63,8 +66,7 @@ class Watch(Callback):
         return [factor for _, factor, _, _ in self.seen]
 
 
-def _fit(architecture, controller, steps, law=LAW, callbacks=(), ckpt=None, **options):
-    watch, module = Watch(), Module(architecture)
+def _trainer(controller, steps, law=LAW, callbacks=(), **options):
     settings = {
         "accelerator": "cpu",
         "max_steps": steps,
@@ -72,10 +74,16 @@ def _fit(architecture, controller, steps, law=LAW, callbacks=(), ckpt=None, **op
         "enable_checkpointing": any(isinstance(c, RunCheckpoint) for c in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "limit_val_batches": 1,
         **options,
     }
     plugin = SparseAttention(law, block=16, tile=16)
-    trainer = Trainer(callbacks=[controller, plugin, watch, *callbacks], **settings)
+    return Trainer(callbacks=[controller, plugin, *callbacks], **settings)
+
+
+def _fit(architecture, controller, steps, law=LAW, callbacks=(), ckpt=None, **options):
+    watch, module = Watch(), Module(architecture)
+    trainer = _trainer(controller, steps, law, [watch, *callbacks], **options)
     trainer.fit(module, range(steps * trainer.accumulate_grad_batches), ckpt_path=ckpt)
     return module, watch
 
@@ -160,6 +168,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(architecture, tmp_path):
         assert rest.seen == all_of_it.seen[step:]
         for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b)
+
+    trainer, module = _trainer(_controller(), 6), Module(architecture)
+    trainer.validate(module, range(1), ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+    assert module.validated.budget.alpha == all_of_it.seen[4][2]
 
 
 def test_stages_keep_the_factor_and_dense_ones_do_not_count(architecture):

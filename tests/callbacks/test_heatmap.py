@@ -60,6 +60,9 @@ def test_values_past_the_scale_are_marked_and_missing_ones_are_grey():
     grey = axis.images[0].to_rgba(float("nan"))
     assert grey[0] == grey[1] == grey[2]
     assert len(axis.texts) == 11
+    # Nothing is under the end of a logarithmic scale but nothing: dark, not grey.
+    zero = drawn(heat_maps({"rank residual": torch.zeros(1, 1)}, "title"))["rank residual"]
+    assert float(zero.images[0].get_array()[0, 0]) == SCALES["rank residual"].low
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (4, 8), (32, 32), (80, 64)])
