@@ -236,7 +236,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
 
     def _draw(self, trainer: Trainer) -> None:
         panels = {name: x for name, x in self._average.take().items() if not x.isnan().all()}
-        if panels:
+        if panels and trainer.loggers and trainer.is_global_zero:
             figure = heat_maps(panels, f"Gap to dense attention, step {trainer.global_step}")
             add_figure(trainer, "gap/by_layer_and_head", figure)
 
