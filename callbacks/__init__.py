@@ -6,6 +6,7 @@ from lit_sparse.callbacks.collapse_rules import CollapseLimits
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
 from lit_sparse.callbacks.export import HuggingFaceExport
+from lit_sparse.callbacks.finite import FiniteGuard
 from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
 from lit_sparse.callbacks.sparse_attention import SparseAttention
@@ -18,6 +19,7 @@ __all__ = [
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
+    "FiniteGuard",
     "HuggingFaceExport",
     "PasskeyEval",
     "RunCheckpoint",
