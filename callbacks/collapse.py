@@ -24,18 +24,17 @@ from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonito
 
 _BY_LAYER = ("entropy_ratio", "max_weight_without_sink", "saturated", "rank_residual")
 _HISTOGRAMS = ("entropy_ratio", "max_weight_without_sink", "logit_max")
-# Figure panels and their colour range, None: that of the values.
-_PANELS: dict[str, tuple[float, float] | None] = {
-    "entropy_ratio": (0.0, 1.0),
-    "max_weight_without_sink": (0.0, 1.0),
-    "saturated": (0.0, 1.0),
-    "effective_support": None,
-    "sink_mass": (0.0, 1.0),
-    "gamma_of_entropy": (0.0, 1.0),
-    "logit_max": (0.0, 100.0),
-    "range_margin": None,
-    "rank_residual": (0.0, 1.0),
-}
+_PANELS = (
+    "entropy_ratio",
+    "max_weight_without_sink",
+    "saturated",
+    "effective_support",
+    "sink_mass",
+    "gamma_of_entropy",
+    "logit_max",
+    "range_margin",
+    "rank_residual",
+)
 
 
 class CollapseMonitor(SampledAttentionMonitor):
@@ -149,8 +148,5 @@ class CollapseMonitor(SampledAttentionMonitor):
     def _draw(self, trainer: Trainer) -> None:
         if panels := self._average.take():
             titles = {name.replace("_", " "): value for name, value in panels.items()}
-            limits = {name.replace("_", " "): limit for name, limit in _PANELS.items() if limit}
-            figure = heat_maps(
-                titles, f"Attention by layer and head, step {trainer.global_step}", limits
-            )
-            add_figure(trainer, "collapse/by_layer_and_head", figure)
+            title = f"Attention by layer and head, step {trainer.global_step}"
+            add_figure(trainer, "collapse/by_layer_and_head", heat_maps(titles, title))

@@ -25,7 +25,8 @@ class FiniteGuard(Callback):
     output was not finite; or, if all were, the last one that has a gradient that is not, since
     backward runs from the end. For any LightningModule with automatic optimization. In float16
     mixed precision gradients that overflow are the gradient scaler's business, and only layers'
-    outputs are looked at. Where gradients are sharded (DeepSpeed, FSDP) each rank looks at those it has.
+    outputs are looked at. Where gradients are sharded (DeepSpeed, FSDP) each rank looks at those it
+    has.
 
     Costs a sum over each layer's output, a norm over the gradients, one wait for the device a step,
     and with several ranks one all-reduce of a number, so that all do the same.
