@@ -8,6 +8,7 @@ from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
 from lit_sparse.callbacks.export import HuggingFaceExport
+from lit_sparse.callbacks.finite import FiniteGuard
 from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
 from lit_sparse.callbacks.sparse_attention import SparseAttention
@@ -22,6 +23,7 @@ __all__ = [
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
+    "FiniteGuard",
     "HuggingFaceExport",
     "PasskeyEval",
     "RunCheckpoint",

@@ -127,7 +127,7 @@ class Alarm:
         rank_zero_warn(f"lit-sparse: {alert}")
         add_text(trainer, f"alerts/{kind}", alert.to_markdown())
         if self.on_alert == "stop":
-            trainer.should_stop = True
+            _stop_after_step(trainer)
         elif callable(self.on_alert):
             self.on_alert(trainer, alert)
 
@@ -136,6 +136,14 @@ class Alarm:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._raised = {tuple(place) for place in state_dict["raised"]}
+
+
+def _stop_after_step(trainer: Trainer) -> None:
+    if trainer.fit_loop._should_accumulate():
+        # should_stop would end in the middle of the step, and lose what it has accumulated.
+        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + 1
+    else:
+        trainer.should_stop = True
 
 
 class Persistence:

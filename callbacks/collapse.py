@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from lit_sparse.callbacks.projection_gradients import (
 )
 from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
 
-_BY_LAYER = ("entropy_ratio", "max_weight_without_sink", "saturated", "logit_max", "rank_residual")
+_BY_LAYER = ("entropy_ratio", "max_weight_without_sink", "saturated", "rank_residual")
 _HISTOGRAMS = ("entropy_ratio", "max_weight_without_sink", "logit_max")
 _PANELS = (
     "entropy_ratio",
@@ -88,13 +89,12 @@ class CollapseMonitor(SampledAttentionMonitor):
         rows = row_metrics(sample, self.limits.missed_mass)
         heads = head_metrics(sample, rows)
         values = {f"collapse/{name}": value.nanmean() for name, value in heads.items()}
-        values["collapse/logit_max"] = heads["logit_max"].max()
+        values["collapse/logit_max"] = heads["logit_max"].nan_to_num(-torch.inf).max()
         for name, value in spread({**heads, **rows}).items():
             values[f"collapse_spread/{name}"] = value
         for name in _BY_LAYER:
             for layer, value in zip(sample.layers, heads[name], strict=True):
-                in_layer = value.max() if name == "logit_max" else value.nanmean()
-                values[f"collapse_by_layer/{name}_{layer:02d}"] = in_layer
+                values[f"collapse_by_layer/{name}_{layer:02d}"] = value.nanmean()
         pl_module.log_dict(values)
         for name in _HISTOGRAMS:
             add_histogram(trainer, f"collapse_rows/{name}", rows[name])
@@ -148,5 +148,5 @@ class CollapseMonitor(SampledAttentionMonitor):
     def _draw(self, trainer: Trainer) -> None:
         if panels := self._average.take():
             titles = {name.replace("_", " "): value for name, value in panels.items()}
-            figure = heat_maps(titles, f"Attention by layer and head, step {trainer.global_step}")
-            add_figure(trainer, "collapse/by_layer_and_head", figure)
+            title = f"Attention by layer and head, step {trainer.global_step}"
+            add_figure(trainer, "collapse/by_layer_and_head", heat_maps(titles, title))

@@ -59,7 +59,8 @@ def head_metrics(sample: Sample, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {name: values.nanmean(1) for name, values in rows.items()}
     largest = rows["logit_max"]
-    found["logit_max"] = largest.nan_to_num(-torch.inf).amax(1)
+    most = largest.nan_to_num(-torch.inf).amax(1)
+    found["logit_max"] = torch.where(found["logit_max"].isnan(), torch.nan, most)
     residual, cosine = torch.stack(list(sample.similarity.values())).unbind(1)
     return {**found, "rank_residual": residual, "cosine": cosine}
 

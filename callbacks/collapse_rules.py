@@ -14,8 +14,8 @@ from lit_sparse.callbacks.long_rows import LongRows
 from lit_sparse.callbacks.sampled import Sample
 
 MOVED = 0.1
-"""Least change against the first measurement: of ratios in [0, 1], and as a share of a limit of
-logits."""
+"""Least change against the first measurement: of ratios in [0, 1], as a share of a limit of logits,
+and of ranges in nats."""
 
 _WHOLE = (None,)
 
@@ -26,7 +26,8 @@ class CollapseLimits:
 
     Args:
         concentration: least entropy over ln n of a head, the sink left out.
-        gamma: largest gamma of a head, if sigma and entropy agree on it; 1 is collapsed.
+        gamma: largest mean gamma of a layer's heads, the smaller of that by sigma and that by
+            entropy; 1 is collapsed.
         dispersion: largest entropy over ln n of a head.
         saturated_rows: largest share of a layer's rows with a weight above 0.95 outside the sink.
         jacobian_trace: least 1 - sum p^2 of a layer, the sink left out.
@@ -36,7 +37,7 @@ class CollapseLimits:
     """
 
     concentration: float = 0.05
-    gamma: float = 0.8
+    gamma: float = 0.9
     dispersion: float = 0.95
     saturated_rows: float = 0.2
     jacobian_trace: float = 0.05
@@ -79,6 +80,7 @@ class CollapseRules:
         self._persistence = Persistence(patience)
         self._concentrated = LongRows(limits.concentration, patience)
         self._dispersed = LongRows(1 - limits.dispersion, patience)
+        self._margin: dict[int, Tensor] = {}
 
     def judge(
         self, sample: Sample, rows: dict[str, Tensor], heads: dict[str, Tensor]
@@ -119,12 +121,11 @@ class CollapseRules:
     def _sharpness(self, sample: Sample, heads: dict[str, Tensor]) -> list[Finding]:
         limits = self.limits
         sharp, even = heads["entropy_ratio_without_sink"], heads["entropy_ratio"]
-        both = torch.minimum(heads["gamma"], heads["gamma_of_entropy"])
         residual, logit = heads["rank_residual"], heads["logit_max"]
         alike = residual < limits.rank_residual
         # A head parked on the sink gives all tokens the sink's value, and that is healthy; not so
         # if the whole layer does.
-        alike &= (heads["sink_mass"] < 0.5) | alike.all(1, keepdim=True)
+        alike &= (heads["sink_mass"] < 0.5) | (alike | residual.isnan()).all(1, keepdim=True)
         found = [
             self._hold(
                 sample,
@@ -134,14 +135,6 @@ class CollapseRules:
                 -MOVED,
                 f"entropy over ln n, the sink left out, below {limits.concentration}"
                 + _gammas(heads, sharp < limits.concentration),
-            ),
-            self._hold(
-                sample,
-                "near_collapse",
-                both,
-                both >= limits.gamma,
-                MOVED,
-                f"gamma, by sigma and by entropy, at {limits.gamma} or above (1 is collapsed)",
             ),
             self._hold(
                 sample,
@@ -172,12 +165,21 @@ class CollapseRules:
         self, sample: Sample, rows: dict[str, Tensor], heads: dict[str, Tensor]
     ) -> list[Finding]:
         limits = self.limits
-        # By layer: single heads saturate in good health (a previous-token head).
+        # By layer: single heads are that sharp in good health (a previous-token head).
+        both = torch.minimum(heads["gamma"], heads["gamma_of_entropy"]).nanmean(1, keepdim=True)
         share = heads["saturated"].nanmean(1, keepdim=True)
         trace = heads["jacobian_trace_without_sink"].nanmean(1, keepdim=True)
         saturated = (share > limits.saturated_rows) | (trace < limits.jacobian_trace)
         # The best head: it says what the layer's norms and caps allow.
-        margin = heads["range_margin"].amax(1, keepdim=True)
+        margin = heads["range_margin"].nan_to_num(-torch.inf).amax(1, keepdim=True)
+        # A young model's range still rises.
+        settled = torch.stack(
+            [
+                value <= self._margin.get(layer, value) + MOVED
+                for layer, value in zip(sample.layers, margin, strict=True)
+            ]
+        )
+        self._margin.update(zip(sample.layers, margin, strict=True))
         return [
             self._hold(
                 sample,
@@ -191,9 +193,19 @@ class CollapseRules:
             ),
             self._hold(
                 sample,
+                "near_collapse",
+                both,
+                both >= limits.gamma,
+                MOVED,
+                f"mean gamma of the heads, by sigma and by entropy, {limits.gamma} or above (1 is "
+                "collapsed)",
+                _WHOLE,
+            ),
+            self._hold(
+                sample,
                 "infeasible_range",
                 margin,
-                margin < 0,
+                (margin < 0) & settled,
                 None,
                 "nats that the logit range of the layer's best head is from what k(n) keys need "
                 f"to miss no more than {limits.missed_mass:g} of the mass",
@@ -225,12 +237,14 @@ class CollapseRules:
             "persistence": self._persistence.state_dict(),
             "concentrated": self._concentrated.state_dict(),
             "dispersed": self._dispersed.state_dict(),
+            "margin": self._margin,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._persistence.load_state_dict(state_dict["persistence"])
         self._concentrated.load_state_dict(state_dict["concentrated"])
         self._dispersed.load_state_dict(state_dict["dispersed"])
+        self._margin = dict(state_dict["margin"])
 
 
 def _gammas(heads: dict[str, Tensor], past: Tensor) -> str:
