@@ -13,6 +13,7 @@ from lit_sparse.budget import Budget
 from lit_sparse.callbacks.collapse import CollapseMonitor
 from lit_sparse.callbacks.common import add_figure, sparse_models
 from lit_sparse.callbacks.controller import BudgetController
+from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
 from lit_sparse.callbacks.law_figure import law_figure
 from lit_sparse.callbacks.passkey import PasskeyEval
@@ -107,11 +108,13 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     """The page for `SummaryWriter.add_custom_scalars`: category -> chart -> kind and tags (regular
     expressions for lines; value, lower and upper bound for a band).
     """
+    staged = _find(trainer, ContextCurriculum)
+    # The names of SparseLM, and those that a module of one's own is likely to use.
     loss = {
-        "training loss (nats a token)": _lines("train/loss"),
-        "validation loss by length (nats a token)": _lines("val_by_length/.*"),
+        "training loss (nats a token)": _lines("(train[/_])?loss"),
+        "validation loss (nats a token)": _lines("val_by_length/.*" if staged else "val[/_]loss"),
         "gradient norm": _lines("train/grad_norm"),
-        "learning rate": _lines("train/lr"),
+        "learning rate": _lines("(train/)?lr.*"),
     }
     if _find(trainer, PasskeyEval):
         loss["passkeys recalled"] = _lines("passkey/.*")
@@ -140,8 +143,9 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     page["Curriculum"] = {
         "length and k(n) (tokens)": _lines("curriculum/(length|budget)"),
         "density": _lines("curriculum/density"),
-        "stage": _lines("curriculum/stage"),
     }
+    if staged:
+        page["Curriculum"]["stage"] = _lines("curriculum/stage")
     if _find(trainer, BudgetController):
         page["Curriculum"] |= {
             "controller: missed mass and its target": _lines("controller/(missed_mass_p95|target)"),

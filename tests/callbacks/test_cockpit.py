@@ -172,9 +172,13 @@ def test_a_continued_run_shows_all_of_it_once(run):
         assert continued[tag] == whole[tag], tag
 
 
-def test_a_trainer_without_monitors_gets_a_page_without_their_charts(tmp_path, architecture):
+def test_a_trainer_without_monitors_gets_a_page_without_their_charts():
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    assert list(layout(trainer)) == ["Loss", "Curriculum"]
+    page = layout(trainer)
+    assert list(page) == ["Loss", "Curriculum"]
+    (tag,) = page["Loss"]["validation loss (nats a token)"][1]
+    assert re.match(tag, "val_loss")
+    assert "stage" not in page["Curriculum"]
 
 
 def test_a_logger_that_takes_the_row_is_warned_of(tmp_path):
