@@ -161,8 +161,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanted = batch_idx < self.validation_batches and dataloader_idx == 0
-        if wanted and self._comparison is not None:
+        if self._comparison is not None and self._compares(batch_idx, dataloader_idx):
             self._comparison.start_batch()
 
     def on_validation_batch_end(
@@ -174,12 +173,15 @@ class DenseGapMonitor(SampledAttentionMonitor):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._comparison is not None:
+        if self._comparison is not None and self._compares(batch_idx, dataloader_idx):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
             began = time.perf_counter()
             self._comparison.end_batch(trainer, batch)
             self._seconds += time.perf_counter() - began
+
+    def _compares(self, batch_idx: int, dataloader_idx: int) -> bool:
+        return batch_idx < self.validation_batches and dataloader_idx == 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._comparison is None:

@@ -23,7 +23,7 @@ FALL = 0.25
 """Error should fall like keys^-FALL at least: half of what independent values give."""
 STANDARD_ERRORS = {"persistent_error": 2.0, "gap_grows_with_length": 3.0}
 
-_WINDOW, _KEPT = 8, 16
+_PHASES = 16
 _LEAST_ROWS, _LEAST_TOKENS, _LEAST_DOCUMENTS = 8, 64, 6
 
 Phase = list[list[float]]
@@ -34,35 +34,43 @@ class Phases:
     """Values measured at equal contexts, apart by how many keys the law gave them.
 
     Args:
-        patience: measurements that a phase must have to be compared.
+        patience: measurements that a phase must have to be compared; it is remembered, and judged,
+            by at most twice as many.
     """
 
     def __init__(self, patience: int) -> None:
-        self.patience = patience
+        self.patience, self.most = patience, 2 * patience
         self._phases: dict[str, list[Phase]] = {}
+        self._measured: dict[str, int] = {}
+        """Measurements of the newest phase."""
 
     def add(self, place: str, keys: float, value: float) -> None:
         phases = self._phases.setdefault(place, [])
         if not phases or abs(math.log(keys / _mean(phases[-1], 0))) > math.log(SAME):
             phases.append([])
-        phases[-1] = [*phases[-1], [keys, value]][-_WINDOW:]
-        del phases[:-_KEPT]
+            self._measured[place] = 0
+        phases[-1] = [*phases[-1], [keys, value]][-self.most :]
+        self._measured[place] += 1
+        del phases[:-_PHASES]
 
     def before_and_now(self, place: str) -> tuple[Phase, Phase] | None:
         """The newest phase, and the one before it that had at most 1 / GROWTH of its keys; None
-        while there are no such two.
+        while there are no such two, and once the newest is old: then the model has changed more
+        than its budget.
         """
         *earlier, now = self._phases.get(place, [[]])
-        for phase in reversed(earlier if len(now) >= self.patience else []):
+        if not self.patience <= self._measured.get(place, 0) <= self.most:
+            return None
+        for phase in reversed(earlier):
             if len(phase) >= self.patience and _mean(now, 0) >= GROWTH * _mean(phase, 0):
                 return phase, now
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phases": self._phases}
+        return {"phases": self._phases, "measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._phases = state_dict["phases"]
+        self._phases, self._measured = state_dict["phases"], state_dict["measured"]
 
 
 class PersistentError:

@@ -11,7 +11,7 @@ from lit_sparse.attention import probe, select, sparse_attention
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import SINK_TOKENS, STATISTICS
 
-BUDGET = Budget(alpha=1, exponent=0.5, floor=32, sink=8, late=0.3)
+BUDGET = Budget(alpha=1, exponent=0.5, floor=112, sink=8, late=0.4)
 DERIVED = ("tau", "captured_mass", "entropy_ratio", "entropy_ratio_without_sink", "gamma")
 DERIVED += ("effective_support", "participation", "jacobian_trace", "gamma_of_entropy")
 
@@ -83,10 +83,10 @@ def check(found, rows, heads, want, names=(*STATISTICS, *DERIVED), **tolerance):
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_every_statistic_is_its_definition(packed, boundaries, scale):
     # Empty documents at both ends and in the middle, one of a single token, odd lengths.
-    cu = boundaries([0, 1, 70, 0, 129, 0])
-    q, k, v = packed(200, scale=scale**0.5)
+    cu = boundaries([0, 1, 70, 0, 229, 0])
+    q, k, v = packed(300, scale=scale**0.5)
     selection = select(q, k, BUDGET, cu, block=16, tile=16)
-    rows = torch.tensor([0, 1, 2, 5, 70, 71, 160, 185, 199])
+    rows = torch.tensor([0, 1, 2, 5, 70, 71, 200, 235, 285, 290, 299])
     found = probe_rows(q, k, v, selection, rows)
     check(
         found,
@@ -96,17 +96,21 @@ def test_every_statistic_is_its_definition(packed, boundaries, scale):
         atol=1e-9,
         rtol=1e-7,
     )
-    assert found.context.tolist() == [1, 1, 2, 5, 70, 1, 90, 115, 129]
+    assert found.context.tolist() == [1, 1, 2, 5, 70, 1, 130, 165, 215, 220, 229]
     assert found.tau.max() > 1e-3
+    assert (found.recall < 1).any()
+    # Blocks that enter late are seen by the later rows of a tile only.
+    seen = selection.rows_blocks(torch.arange(263, 279)).sum(-1)
+    assert (seen[:, 0] < seen[:, -1]).any()
 
 
 @pytest.mark.parametrize(("hq", "hkv"), [(2, 2), (3, 1), (4, 1), (14, 2), (8, 1)])
 def test_dropped_mass_of_the_operator_that_ran(packed, boundaries, hq, hkv):
-    cu = boundaries([90, 0, 131])
-    q, k, v = packed(221, hq, hkv, scale=2.0, dtype=torch.float32)
+    cu = boundaries([90, 0, 231])
+    q, k, v = packed(321, hq, hkv, scale=2.0, dtype=torch.float32)
     selection = select(q, k, BUDGET, cu, block=16, tile=16)
     out, lse = sparse_attention(q, k, v, selection)
-    rows = torch.tensor([89, 90, 150, 203, 220])
+    rows = torch.tensor([89, 90, 250, 303, 320])
     heads = [0, hq - 1]
     found = probe_rows(q, k, v, selection, rows, out=out, lse=lse, heads=heads)
     names = ("tau", "captured_mass", "kl", "output_error", "entropy", "recall")
@@ -124,10 +128,10 @@ def test_dropped_mass_of_the_operator_that_ran(packed, boundaries, hq, hkv):
 
 def test_large_logits_in_float32_keep_their_digits(packed):
     """Log-sum-exps near 1000 subtracted from each other would lose all but four."""
-    q, k, v = (x.float() for x in packed(180, scale=16.0))
-    k[100:, :] = k[100:101]  # logits that lie near each other
+    q, k, v = (x.float() for x in packed(280, scale=16.0))
+    k[200:, :] = k[200:201]  # logits that lie near each other
     selection = select(q, k, BUDGET, block=16, tile=16)
-    rows = torch.arange(110, 180, 7)
+    rows = torch.arange(210, 280, 7)
     found, exact = (
         probe_rows(*(x.to(kind) for x in (q, k, v)), selection, rows)
         for kind in (torch.float32, torch.float64)
@@ -138,12 +142,12 @@ def test_large_logits_in_float32_keep_their_digits(packed):
 
 
 def test_chunks_change_nothing(packed, boundaries, monkeypatch):
-    cu = boundaries([100, 160])
-    q, k, v = packed(260, 8, 4)
+    cu = boundaries([100, 260])
+    q, k, v = packed(360, 8, 4)
     selection = select(q, k, BUDGET, cu, block=16, tile=16)
-    rows = torch.tensor([259, 3, 99, 100, 180, 101, 250])  # in no order either
+    rows = torch.tensor([359, 3, 99, 100, 280, 101, 350])  # in no order either
     whole = probe_rows(q, k, v, selection, rows)
-    monkeypatch.setattr(probe, "_CHUNK_BYTES", (4 * 160 * 16, 0))
+    monkeypatch.setattr(probe, "_CHUNK_BYTES", (4 * 260 * 16, 0))
     parts = probe_rows(q, k, v, selection, rows)
     for name in STATISTICS:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), equal_nan=True)
@@ -179,3 +183,19 @@ def test_the_probe_keeps_nothing_quadratic(packed):
         probe_rows(q, k, v, selection, rows, out=out, lse=lse)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 3 * 2**20 < 512 * 2 * 2048 * 4
+
+
+def test_half_precision_is_measured_in_float32(packed):
+    q, k, v = (x.bfloat16() for x in packed(250, 4, 2, scale=2.0))
+    selection = select(q, k, BUDGET, block=16, tile=16)
+    out, lse = sparse_attention(q, k, v, selection)
+    rows = torch.arange(200, 250, 7)
+    found = probe_rows(q, k, v, selection, rows, out=out, lse=lse)
+    exact = probe_rows(q.double(), k.double(), v.double(), selection, rows)
+    assert found.tau.dtype == torch.float32
+    for name in ("tau", "entropy", "logit_max", "recall"):
+        torch.testing.assert_close(
+            getattr(found, name).double(), getattr(exact, name), atol=1e-4, rtol=1e-4
+        )
+    # The output's rounding to bfloat16 is the operator's, and counts.
+    assert (found.output_error.double() - exact.output_error).abs().max() < 4e-3

@@ -419,3 +419,22 @@ def test_without_validation_data_it_says_what_is_missing():
         trainer.fit(Module(), batches(1))
     assert "gap/missed_mass" in gap_metrics(trainer)
     assert "gap/kl" not in gap_metrics(trainer)
+
+
+class Headless(Module):
+    """Holds the decoder alone, and a head of its own."""
+
+    def __init__(self):
+        super().__init__(num_hidden_layers=1)
+        self.head, self.model = self.model.lm_head, self.model.model
+
+    def loss(self, batch):
+        return self.head(self.model(**batch).last_hidden_state).square().mean()
+
+
+def test_without_a_language_model_head_it_says_what_is_missing():
+    trainer = make_trainer([DenseGapMonitor(min_context=8), sparse()])
+    with pytest.warns(UserWarning, match="language-model head, gap/kl, gap/loss_delta"):
+        trainer.fit(Headless(), batches(1), batches(1))
+    assert "gap/missed_mass" in gap_metrics(trainer)
+    assert "gap/kl" not in gap_metrics(trainer)

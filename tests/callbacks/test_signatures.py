@@ -97,6 +97,15 @@ def test_an_error_that_grows_with_the_context_is_no_sign():
         assert signature.add(measured) == []
 
 
+def test_what_training_does_long_after_a_move_is_no_sign():
+    """Heads go on sharpening, and lose more to the same budget than before."""
+    signature = PersistentError(0.2, patience=4)
+    for step in range(40):
+        keys, mended = (128, 1) if step < 6 else (256, 0.5**0.5)
+        measured = sample(keys, {0: mended * 0.5 + 0.02 * max(step - 14, 0)}, step)
+        assert signature.add(measured) == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_alone_reports_no_layer_that_mends(seed):
     signature = PersistentError(0.2, patience=4)
