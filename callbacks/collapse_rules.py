@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_sparse.callbacks.alerts import Persistence, Place, places_of
 from lit_sparse.callbacks.long_rows import LongRows
-from lit_sparse.callbacks.sampled import Sample
+from lit_sparse.callbacks.sampler import Sample
 
 MOVED = 0.1
 """Least change against the first measurement: of ratios in [0, 1], as a share of a limit of logits,

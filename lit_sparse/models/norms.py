@@ -26,7 +26,8 @@ _CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class LogitNorms:
-    """Norms of one layer, float64 [H, distances] for H query heads, the softmax scale included.
+    """Norms of one layer, float64 [H, distances] for H query heads, the softmax scale included; on
+    the host.
 
     Where the layer normalises queries and keys (QK-norm) they are those of the projections before
     that, and only `ceiling` speaks about logits.
@@ -120,7 +121,7 @@ def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: fl
     queries = torch.stack([q, q_bias], 1).unflatten(0, (-1, groups))
     # [Hkv, G, of weight or bias of q, of weight or bias of k, distances]
     squares = torch.stack([_rotated(queries, x, rotation) for x in (k, k_bias)], -2)
-    norms = scale * squares.clamp(min=0).sqrt().flatten(0, 1)
+    norms = scale * squares.clamp(min=0).sqrt().flatten(0, 1).cpu()
     (weight, key_bias), (query_bias, biases) = (x.unbind(1) for x in norms.unbind(1))
     ceiling = None
     if hasattr(module, "q_norm"):
@@ -128,7 +129,7 @@ def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: fl
             norm.weight.double().abs().view(2, -1).amax(0)
             for norm in (module.q_norm, module.k_norm)
         ]
-        ceiling = (scale * dim * (pairs[0] * pairs[1]).max()).expand(len(weight))
+        ceiling = (scale * dim * (pairs[0] * pairs[1]).max()).cpu().expand(len(weight))
     return LogitNorms(at, weight, query_bias, key_bias, biases, ceiling)
 
 

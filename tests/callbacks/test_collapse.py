@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_sparse import Budget, sparsify
 from lit_sparse.attention import select
-from lit_sparse.attention.probe import RowStatistics, probe_rows
+from lit_sparse.attention.probe import probe_rows
+from lit_sparse.attention.row_statistics import RowStatistics
 from lit_sparse.callbacks import CollapseLimits, CollapseMonitor
 from lit_sparse.callbacks.collapse_metrics import head_metrics, row_metrics, spread
-from lit_sparse.callbacks.sampled import Sample
+from lit_sparse.callbacks.sampler import Sample
 from lit_sparse.models import attention_layers, build_model
 
 BUDGET = Budget(alpha=1, exponent=0.5, floor=32, sink=8)
