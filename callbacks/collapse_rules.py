@@ -93,7 +93,7 @@ class CollapseRules:
         """
         found = [
             *self._sharpness(sample, heads),
-            *self._layers(sample, rows, heads),
+            *self._layers(sample, heads),
             *self._long_rows(sample, rows),
         ]
         return [finding for finding in found if finding.places]
@@ -161,9 +161,7 @@ class CollapseRules:
             found.append(self._hold(sample, kind, logit, logit > limit, MOVED * limit, what))
         return found
 
-    def _layers(
-        self, sample: Sample, rows: dict[str, Tensor], heads: dict[str, Tensor]
-    ) -> list[Finding]:
+    def _layers(self, sample: Sample, heads: dict[str, Tensor]) -> list[Finding]:
         limits = self.limits
         # By layer: single heads are that sharp in good health (a previous-token head).
         both = torch.minimum(heads["gamma"], heads["gamma_of_entropy"]).nanmean(1, keepdim=True)
