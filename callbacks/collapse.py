@@ -20,7 +20,8 @@ from lit_sparse.callbacks.projection_gradients import (
     projection_gradients,
     total,
 )
-from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
+from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
+from lit_sparse.callbacks.sampler import Sample
 
 _BY_LAYER = ("entropy_ratio", "max_weight_without_sink", "saturated", "rank_residual")
 _HISTOGRAMS = ("entropy_ratio", "max_weight_without_sink", "logit_max")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_sparse.callbacks.sampled import Sample
+from lit_sparse.callbacks.sampler import Sample
 from lit_sparse.theory import required_logit_range
 
 SATURATED = 0.95

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_sparse.callbacks.alerts import Persistence, Place, places_of
 from lit_sparse.callbacks.long_rows import LongRows
-from lit_sparse.callbacks.sampled import Sample
+from lit_sparse.callbacks.sampler import Sample
 
 MOVED = 0.1
 """Least change against the first measurement: of ratios in [0, 1], as a share of a limit of logits,
@@ -93,7 +93,7 @@ class CollapseRules:
         """
         found = [
             *self._sharpness(sample, heads),
-            *self._layers(sample, rows, heads),
+            *self._layers(sample, heads),
             *self._long_rows(sample, rows),
         ]
         return [finding for finding in found if finding.places]
@@ -161,9 +161,7 @@ class CollapseRules:
             found.append(self._hold(sample, kind, logit, logit > limit, MOVED * limit, what))
         return found
 
-    def _layers(
-        self, sample: Sample, rows: dict[str, Tensor], heads: dict[str, Tensor]
-    ) -> list[Finding]:
+    def _layers(self, sample: Sample, heads: dict[str, Tensor]) -> list[Finding]:
         limits = self.limits
         # By layer: single heads are that sharp in good health (a previous-token head).
         both = torch.minimum(heads["gamma"], heads["gamma_of_entropy"]).nanmean(1, keepdim=True)

@@ -35,7 +35,6 @@ class OutputWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
         self.layers = dict(watched_layers(module))
         self._sums: dict[str, Tensor] = {}
         self._hooks = [
@@ -44,9 +43,9 @@ class OutputWatch:
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: Any, output: Any) -> None:
-            # When activation checkpointing computes a layer again, it was seen already.
-            if not module.training or torch._C._current_graph_task_id() != -1:
+            if not module.training:
                 return
+            # What activation checkpointing computes again is added again, and changes nothing.
             for tensor in _tensors(output):
                 total = tensor.detach().sum(dtype=torch.float32)
                 self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -55,10 +54,9 @@ class OutputWatch:
 
     def first_bad(self) -> str | None:
         """The first layer, in the order in which they ran, with an output that is not finite since
-        `forget`. Waits for the device.
+        `forget`; None too if no hook ran (a graph that was compiled before). Waits for the device.
         """
-        finite = torch.stack([x.cpu() for x in self._sums.values()]).isfinite().tolist()
-        return next((name for name, good in zip(self._sums, finite, strict=True) if not good), None)
+        return next((name for name, x in self._sums.items() if not bool(x.isfinite())), None)
 
     def forget(self) -> None:
         """Begin a new step."""
@@ -75,7 +73,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
-    elif isinstance(output, dict | list | tuple):
+    elif isinstance(output, (dict, list, tuple)):  # torch.compile knows no dict | list
         for part in output.values() if isinstance(output, dict) else output:
             yield from _tensors(part)
 

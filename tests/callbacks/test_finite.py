@@ -235,6 +235,18 @@ def test_any_model_is_watched_by_its_layers():
     assert last_bad_gradient(block) == "0.weight"
 
 
+def test_a_compiled_model_is_watched_in_one_graph():
+    torch._dynamo.reset()
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    watch = OutputWatch(layers)
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    compiled(torch.ones(2, 3)).sum().backward()
+    assert watch.first_bad() is None
+    layers[1].weight.data[0, 0] = math.nan
+    compiled(torch.ones(2, 3))
+    assert watch.first_bad() == "1"
+
+
 def test_a_norm_that_overflows_is_no_alert():
     class Large(LightningModule):
         def __init__(self):
