@@ -25,7 +25,6 @@ from lit_sparse.recipes.benchmark.steps import SEED, causal_pairs, executed_pair
 
 LATE = (0.0, 0.1, 0.25)
 TILES = (16, 32, 64)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 GROUPS = (
     ("rule", ("selection", "scorer", "late", "tile")),
@@ -326,8 +325,9 @@ def _model(task: Task) -> Any:
 def _documents(task: Task, model: Any) -> tuple[list[Tensor], list[str]]:
     """Pieces of exactly `length` tokens of the validation documents, and where they stand."""
     from lit_sparse.data import PackedTextDataModule
+    from lit_sparse.data.tokenizer import has_tokenizer
 
-    own = any((task.model / name).is_file() for name in _TOKENIZER_FILES)
+    own = has_tokenizer(task.model)
     tokenizer = str(task.model) if own else "bytes"
     try:
         # Its defaults make the split that a training run keeps for validation.

@@ -1,0 +1,112 @@
+"""The dense run: what sampled late rows of every layer and head need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_sparse.attention.need import RowNeed, rows_need
+from lit_sparse.attention.select import default_tile
+from lit_sparse.budget import Budget
+from lit_sparse.calibration import Needs
+from lit_sparse.models import Law, RopeOrigin, build_model, observe, sparsify
+from lit_sparse.models.state import CONFIG_KEY
+from lit_sparse.recipes.benchmark.report import BadArgument
+from lit_sparse.recipes.calibrate.texts import Texts
+
+LATE = 0.75
+"""Share of a document before the sampled rows: there a row sees about all of the length."""
+
+Progress = Callable[[str], None]
+
+
+def load(
+    path: Path, dtype: str, device: str, block: int | None, tile: int | None, sink: int | None
+) -> tuple[Any, Law]:
+    """A model that runs densely, and how its layers will select: its own law's, where it has one.
+
+    Raises:
+        BadArgument: it cannot be loaded or made sparse.
+    """
+    try:
+        model = build_model(pretrained=path, dtype=dtype).eval()
+        stored = getattr(model.config, CONFIG_KEY, None)
+        law = Law(Budget()) if stored is None else Law.from_dict(stored)
+        budget = law.budget if sink is None else replace(law.budget, sink=sink)
+        law = Law(budget, {}, block or law.block, tile or law.tile, law.score)
+        sparsify(model, Budget.dense(), block=law.block, tile=law.tile, score=law.score)
+    except (ValueError, NotImplementedError) as error:
+        raise BadArgument(f"--model {path}: {error}") from error
+    return model.to(device), law
+
+
+def longest_context(model: Any) -> int:
+    """Tokens that the model's positions reach."""
+    return RopeOrigin.of(model).context
+
+
+def default_lengths(context: int) -> list[int]:
+    """Four doublings, so that twice the longest is the model's context."""
+    return [context // 16, context // 8, context // 4, context // 2]
+
+
+def local_window(model: Any, law: Law) -> int:
+    """Nearest tokens that every budget keeps."""
+    config = model.config.get_text_config()
+    groups = config.num_attention_heads // config.num_key_value_heads
+    return (law.tile or default_tile(groups)) + law.block
+
+
+def late_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows of the last quarter of a document (all, if there are fewer), ascending."""
+    first = int(LATE * length)
+    return torch.randperm(length - first, generator=generator)[:count].sort().values + first
+
+
+def forward(model: Any, path: Path, tokens: Tensor) -> Tensor:
+    """Last hidden states [1, T, D]; BadArgument where the model cannot be run sparsely."""
+    try:
+        # The base model: logits of a long document are never materialised whole.
+        return model.base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
+    except NotImplementedError as error:
+        raise BadArgument(f"--model {path}: {error}") from error
+
+
+@torch.no_grad()
+def measure(
+    model: Any, path: Path, texts: Texts, law: Law, missed: float, rows: int, seed: int,
+    progress: Progress,
+) -> Needs:
+    """Run every document densely, once, and measure what late rows need.
+
+    Args:
+        model: sparsified, dense at the moment.
+        law: of the selection: its block, its sink.
+        missed: share of the mass that may be missed.
+        rows: sampled in each document, the same in all layers.
+        seed: of the rows.
+    """
+    window = {"block": law.block, "sink": law.budget.sink, "local": local_window(model, law)}
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[int, RowNeed] = {}
+    drawn = torch.empty(0, dtype=torch.int64)
+
+    def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
+        scale = others[-2]
+        layers[layer] = rows_need(q, k, drawn, missed=missed, scale=scale, **window)
+
+    measured = []
+    total = sum(map(len, texts.fitted.values()))
+    with observe(model, observer):
+        for length, documents in texts.fitted.items():
+            for document in documents:
+                progress(f"document {len(measured) + 1} of {total}, {length} tokens, dense")
+                drawn = late_rows(length, rows, generator)
+                forward(model, path, texts.read(document, length))
+                measured.append((document, [layers[layer] for layer in sorted(layers)]))
+    return Needs.gather(measured, missed=missed, **window)
