@@ -68,17 +68,15 @@ def select(
         ValueError: shapes, boundaries, block, tile or score do not fit; the message names the
             argument.
     """
-    _check_tensors(q, k)
+    check_shapes(q, k)
     if not isinstance(budget, Budget):
         raise ValueError(f"budget must be a Budget, such as Budget.fixed(1024), got {budget!r}")
-    queries = _boundaries("cu_seqlens", cu_seqlens, q.shape[0])
+    queries = boundaries("cu_seqlens", cu_seqlens, q.shape[0])
     if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(
             f"k has {k.shape[0]} tokens and q {q.shape[0]}: give cu_seqlens_k where they differ"
         )
-    keys = (
-        queries if cu_seqlens_k is None else _boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    )
+    keys = queries if cu_seqlens_k is None else boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     _check(queries, keys, block, tile)
     scorer = get_scorer(score)
 
@@ -281,9 +279,7 @@ def _ask(
     return columns.masked_fill_(empty, -1), entry.masked_fill_(empty, size)
 
 
-def _boundaries(
-    name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int
-) -> tuple[int, ...]:
+def boundaries(name: str, cu_seqlens: Tensor | Sequence[int] | None, total: int) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, total)
     bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
@@ -298,7 +294,7 @@ def _boundaries(
     return bounds
 
 
-def _check_tensors(q: Tensor, k: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 3 or not x.is_floating_point():
             raise ValueError(
