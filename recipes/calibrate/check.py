@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,19 @@ from lit_sparse.attention import Selection
 from lit_sparse.attention.probe import probe_rows
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
-from lit_sparse.data import CommonWord, Passkey, Tokenizer
+from lit_sparse.data import CommonWord, Passkey
 from lit_sparse.models import Law, dense_attention, observe, sparsify
-from lit_sparse.recipes.calibrate.measure import LATE, Progress, forward, late_rows
-from lit_sparse.recipes.calibrate.texts import Texts
+from lit_sparse.recipes.calibrate.measure import LATE, Progress, Subject, late_rows
 from lit_sparse.training.loss import chunked_cross_entropy
 
 ROWS = 64
 """Rows sampled in each document of the check."""
 
 STEP = 1.5
-"""Factor of alpha from one attempt to the next."""
+"""Factor of alpha from one attempt to the next, while the target is missed."""
+
+# Between a factor that meets the target and one that does not: near enough.
+_CLOSE = 1.1
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,26 @@ class Check:
     dense_loss: float
     tasks: dict[str, dict[str, Answers]]
     """Task -> "dense" and "sparse"."""
+    left_out: dict[str, str]
+    """Tasks that were not run, and why."""
+
+    @property
+    def final(self) -> Attempt | None:
+        """The least alpha that meets the target, or the largest that was tried."""
+        if not self.attempts:
+            return None
+        meeting = [a for a in self.attempts if a.missed_p95 <= self.target]
+        if meeting:
+            return min(meeting, key=lambda a: a.factor)
+        return max(self.attempts, key=lambda a: a.factor)
 
     @property
     def met(self) -> bool:
-        return not self.attempts or self.attempts[-1].missed_p95 <= self.target
+        return self.final is None or self.final.missed_p95 <= self.target
 
     @property
     def factor(self) -> float:
-        return self.attempts[-1].factor if self.attempts else 1.0
+        return 1.0 if self.final is None else self.final.factor
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "met": self.met, "factor": self.factor}
@@ -91,11 +103,7 @@ def sparse_layers(chosen: ChosenLaw, layers: int) -> list[int]:
 
 @torch.no_grad()
 def run_check(
-    model: Any,
-    path: Path,
-    texts: Texts,
-    tokenizer: Tokenizer,
-    selecting: Law,
+    subject: Subject,
     chosen: ChosenLaw,
     length: int,
     target: float,
@@ -107,15 +115,17 @@ def run_check(
     """Hold a law against dense attention; raise its alpha while it misses too much mass.
 
     Args:
-        model: a sparsified model; obeys the last law tried afterwards.
-        texts: its held-out documents have at least `length` tokens.
-        selecting: block, tile and scorer of the law.
+        subject: its model obeys the last law tried afterwards; its held-out documents have at least
+            `length` tokens.
+        chosen: the law to begin with.
         target: 95th percentile of the missed mass that is accepted.
         steps: laws tried at most, the first included.
         prompts: of each task; 0 for none.
         seed: of rows and prompts.
+        progress: told what is done next.
     """
-    layers = sparse_layers(chosen, model.config.get_text_config().num_hidden_layers)
+    model, texts = subject.model, subject.texts
+    layers = sparse_layers(chosen, subject.layers)
     documents = [texts.read(document, length) for document in texts.held_out]
 
     def run(said: str, watch: _Watch | None = None) -> float:
@@ -125,38 +135,57 @@ def run_check(
             progress(f"held-out document {number} of {len(documents)}, {length} tokens, {said}")
             if watch is not None:
                 watch.rows = late_rows(length, ROWS, generator)
-            hidden = forward(model, path, tokens)
-            losses.append(_loss(model, hidden, tokens, int(LATE * length)))
+            losses.append(_loss(model, subject.forward(tokens), tokens, int(LATE * length)))
         return sum(losses) / len(losses)
 
     with dense_attention(model):
         dense_loss = run("dense")
-    attempts: list[Attempt] = []
-    while layers and len(attempts) < steps:
-        factor = STEP ** len(attempts)
-        obey(model, chosen.scaled(factor), selecting)
+
+    def attempt(factor: float) -> Attempt:
+        obey(subject, chosen.scaled(factor))
         watch = _Watch(layers)
         with observe(model, watch, layers):
             loss = run(f"alpha times {factor:.3g}", watch)
-        attempts.append(watch.attempt(factor, loss))
-        if attempts[-1].missed_p95 <= target or attempts[-1].density == 1:
-            break
-    tasks = {}
-    if prompts:
-        for name, task in _tasks(texts, tokenizer, length, prompts, seed).items():
-            progress(f"{name}: {prompts} prompts of {task[0].shape[1]} tokens")
-            with dense_attention(model):
-                tasks[name] = {"dense": _answers(model, path, *task)}
-            if layers:
-                tasks[name]["sparse"] = _answers(model, path, *task)
-    return Check(length, target, attempts, dense_loss, tasks)
+        return watch.attempt(factor, loss)
+
+    attempts = _search(attempt, target, steps) if layers else []
+    found = Check(length, target, attempts, dense_loss, {}, {})
+    obey(subject, chosen.scaled(found.factor))
+    tasks: dict[str, dict[str, Answers]] = {}
+    made, left_out = _tasks(subject, length, prompts, seed)
+    for name, task in made.items():
+        progress(f"{name}: {prompts} prompts of {task[0].shape[1]} tokens")
+        with dense_attention(model):
+            tasks[name] = {"dense": _answers(subject, *task)}
+        if layers:
+            tasks[name]["sparse"] = _answers(subject, *task)
+    return replace(found, tasks=tasks, left_out=left_out)
 
 
-def obey(model: Any, chosen: ChosenLaw, selecting: Law) -> Law:
-    """Give a model a law; returns it whole, block, tile and scorer included."""
-    law = replace(selecting, budget=chosen.budget, layers=dict(chosen.layers))
+def _search(attempt: Callable[[float], Attempt], target: float, steps: int) -> list[Attempt]:
+    """Raise alpha until the target is met, then close in on the least that meets it."""
+    tried = [attempt(1.0)]
+    missing, meeting = 1.0, math.inf
+    while len(tried) < steps and tried[0].missed_p95 > target and meeting / missing > _CLOSE:
+        factor = missing * STEP if math.isinf(meeting) else math.sqrt(missing * meeting)
+        tried.append(attempt(factor))
+        if tried[-1].missed_p95 <= target:
+            meeting = factor
+        else:
+            missing = factor
+    return tried
+
+
+def obey(subject: Subject, chosen: ChosenLaw) -> Law:
+    """Give the model a law; returns it whole, block, tile and scorer included."""
+    law = replace(subject.selecting, budget=chosen.budget, layers=dict(chosen.layers))
     sparsify(
-        model, law.budget, layers=law.layers, block=law.block, tile=law.tile, score=law.score
+        subject.model,
+        law.budget,
+        layers=law.layers,
+        block=law.block,
+        tile=law.tile,
+        score=law.score,
     )
     return law
 
@@ -220,27 +249,31 @@ Prompts = tuple[np.ndarray, int, np.ndarray]
 
 
 def _tasks(
-    texts: Texts, tokenizer: Tokenizer, length: int, count: int, seed: int
-) -> dict[str, Prompts]:
-    """Prompts of the tasks; a task that this tokenizer or length does not allow is left out."""
+    subject: Subject, length: int, count: int, seed: int
+) -> tuple[dict[str, Prompts], dict[str, str]]:
+    """Prompts of each task, and why there are none: a tokenizer or a length may not allow it."""
+    if not count:
+        return {}, {}
     rng = np.random.default_rng(seed)
+    text, tokenizer = subject.texts.rest, subject.tokenizer
     made: dict[str, Prompts] = {}
+    left_out = {}
     for name, make in (
-        ("passkey", lambda: Passkey(tokenizer).prompts(texts.rest, length, count, rng)),
+        ("passkey", lambda: Passkey(tokenizer).prompts(text, length, count, rng)),
         ("common word", lambda: CommonWord(tokenizer).prompts(length, count, rng)),
     ):
-        with contextlib.suppress(ValueError):
+        try:
             made[name] = make()
-    return made
+        except ValueError as error:
+            left_out[name] = str(error)
+    return made, left_out
 
 
-def _answers(
-    model: Any, path: Path, ids: np.ndarray, start: int, answers: np.ndarray
-) -> Answers:
+def _answers(subject: Subject, ids: np.ndarray, start: int, answers: np.ndarray) -> Answers:
     right, loss = 0, 0.0
-    head = model.get_output_embeddings()
+    head = subject.model.get_output_embeddings()
     for prompt, answer in zip(torch.from_numpy(ids), torch.from_numpy(answers), strict=True):
-        hidden = forward(model, path, prompt[None])
+        hidden = subject.forward(prompt[None])
         logits = head(hidden[0, start - 1 : -1]).float().cpu()
         right += bool((logits.argmax(-1) == answer).all())
         loss += float(F.cross_entropy(logits, answer))

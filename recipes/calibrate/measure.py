@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lit_sparse.attention.need import RowNeed, rows_need
 from lit_sparse.attention.select import default_tile
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import Needs
+from lit_sparse.data import Tokenizer
 from lit_sparse.models import Law, RopeOrigin, build_model, observe, sparsify
 from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.report import BadArgument
@@ -23,6 +24,48 @@ LATE = 0.75
 """Share of a document before the sampled rows: there a row sees about all of the length."""
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is calibrated, and what it reads.
+
+    Args:
+        path: where the model came from.
+        model: sparsified; dense until it is given a law.
+        selecting: block, tile, scorer, sink of its selection.
+        texts: the documents.
+        tokenizer: of the texts.
+    """
+
+    path: Path
+    model: Any
+    selecting: Law
+    texts: Texts
+    tokenizer: Tokenizer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Last hidden states [1, T, D] of tokens [1, T].
+
+        Raises:
+            BadArgument: the model has something that sparse attention lacks.
+        """
+        try:
+            # The base model: logits of a long document are never materialised whole.
+            return self.model.base_model(input_ids=tokens.to(self.model.device), use_cache=False)[0]
+        except NotImplementedError as error:
+            raise BadArgument(f"--model {self.path}: {error}") from error
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def local(self) -> int:
+        """Nearest tokens that every budget keeps."""
+        config = self.model.config.get_text_config()
+        groups = config.num_attention_heads // config.num_key_value_heads
+        return (self.selecting.tile or default_tile(groups)) + self.selecting.block
 
 
 def load(
@@ -55,58 +98,42 @@ def default_lengths(context: int) -> list[int]:
     return [context // 16, context // 8, context // 4, context // 2]
 
 
-def local_window(model: Any, law: Law) -> int:
-    """Nearest tokens that every budget keeps."""
-    config = model.config.get_text_config()
-    groups = config.num_attention_heads // config.num_key_value_heads
-    return (law.tile or default_tile(groups)) + law.block
-
-
 def late_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` rows of the last quarter of a document (all, if there are fewer), ascending."""
     first = int(LATE * length)
     return torch.randperm(length - first, generator=generator)[:count].sort().values + first
 
 
-def forward(model: Any, path: Path, tokens: Tensor) -> Tensor:
-    """Last hidden states [1, T, D]; BadArgument where the model cannot be run sparsely."""
-    try:
-        # The base model: logits of a long document are never materialised whole.
-        return model.base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
-    except NotImplementedError as error:
-        raise BadArgument(f"--model {path}: {error}") from error
-
-
 @torch.no_grad()
-def measure(
-    model: Any, path: Path, texts: Texts, law: Law, missed: float, rows: int, seed: int,
-    progress: Progress,
-) -> Needs:
+def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Progress) -> Needs:
     """Run every document densely, once, and measure what late rows need.
 
     Args:
-        model: sparsified, dense at the moment.
-        law: of the selection: its block, its sink.
+        subject: its model dense.
         missed: share of the mass that may be missed.
         rows: sampled in each document, the same in all layers.
         seed: of the rows.
+        progress: told what is done next.
     """
-    window = {"block": law.block, "sink": law.budget.sink, "local": local_window(model, law)}
+    selecting, texts = subject.selecting, subject.texts
+    block, sink, local = selecting.block, selecting.budget.sink, subject.local
     generator = torch.Generator().manual_seed(seed)
     layers: dict[int, RowNeed] = {}
     drawn = torch.empty(0, dtype=torch.int64)
 
     def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
         scale = others[-2]
-        layers[layer] = rows_need(q, k, drawn, missed=missed, scale=scale, **window)
+        layers[layer] = rows_need(
+            q, k, drawn, missed=missed, block=block, sink=sink, local=local, scale=scale
+        )
 
-    measured = []
+    measured: list[tuple[int, list[RowNeed]]] = []
     total = sum(map(len, texts.fitted.values()))
-    with observe(model, observer):
+    with observe(subject.model, observer):
         for length, documents in texts.fitted.items():
             for document in documents:
                 progress(f"document {len(measured) + 1} of {total}, {length} tokens, dense")
                 drawn = late_rows(length, rows, generator)
-                forward(model, path, texts.read(document, length))
+                subject.forward(texts.read(document, length))
                 measured.append((document, [layers[layer] for layer in sorted(layers)]))
-    return Needs.gather(measured, missed=missed, **window)
+    return Needs.gather(measured, missed=missed, block=block, sink=sink, local=local)

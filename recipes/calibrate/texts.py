@@ -62,9 +62,7 @@ def open_documents(model: Path, data: str, vocabulary: int) -> tuple[Documents, 
             f"{model} knows {vocabulary}"
         )
     # By what it gives: bytes saved for Hugging Face are another tokenizer with the same ids.
-    if own and not np.array_equal(
-        tokenizer.encode(_SAMPLE), load_tokenizer(own).encode(_SAMPLE)
-    ):
+    if own and not np.array_equal(tokenizer.encode(_SAMPLE), load_tokenizer(own).encode(_SAMPLE)):
         raise BadArgument(
             f"--data {data} was packed with another tokenizer ({tokenizer.name}) than --model "
             f"{model} has: pack the text with --tokenizer {model}"
@@ -82,7 +80,7 @@ def choose_texts(
     """
     # A document's end token is no text.
     sizes = documents.lengths - 1
-    wanted = {2 * max(lengths): checked} | {n: count for n in sorted(lengths, reverse=True)}
+    wanted = {2 * max(lengths): checked} | dict.fromkeys(sorted(lengths, reverse=True), count)
     needed, short = 0, []
     for length, own in wanted.items():
         needed += own

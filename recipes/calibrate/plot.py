@@ -1,0 +1,176 @@
+"""The two figures of a calibration: keys against context, and the exponents of all heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_sparse.budget import Budget
+from lit_sparse.recipes.calibrate.report import Result
+
+LAW, EXPONENTS = "k_of_n.png", "exponents.png"
+
+# Okabe and Ito's colours, which the colour-blind tell apart; with more layers a scale of one hue.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_SHAPES = "osD^vP"
+
+_MARKS = {"power": "", "constant": "c", "proportional": "=", "no power law": "x"}
+
+
+def plot_law(path: Path, result: Result) -> None:
+    """Keys against context, log-log: needs, fits with bands, the law, the check."""
+    fits, chosen, check = result.fits, result.chosen, result.check
+    layers = len(fits.exponent)
+    figure = Figure(figsize=(8.5, 6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    colours, few = _layer_colours(layers)
+    shortest = fits.shortest
+    n = torch.logspace(np.log10(shortest), np.log10(check.length), 60, dtype=torch.float64)
+    measured = n <= fits.longest * 1.001
+
+    axes.plot(n, n, color="0.6", lw=1, zorder=1)
+    axes.annotate("k = n: every key", (n[0], n[0]), xytext=(4, 8), textcoords="offset points",
+                  color="0.45", fontsize=8, rotation=0)  # fmt: skip
+    fit, low, high = (_most_heads(x) for x in (fits.keys_at(n), *fits.band_at(n)))
+    for layer in range(layers):
+        colour = colours[layer]
+        dense = chosen.of(layer) == Budget.dense()
+        label = f"layer {layer}" + (", stays dense" if dense else "") if few else None
+        x, y = _points(result, layer)
+        axes.plot(x, y, _SHAPES[layer] if few else ".", color=colour, ms=6, zorder=4, label=label)
+        axes.plot(n[measured], fit[measured, layer], "-", color=colour, lw=1.3, zorder=3)
+        axes.plot(n[~measured], fit[~measured, layer], ":", color=colour, lw=1.3, zorder=3)
+        if few:
+            axes.fill_between(n, low[:, layer], high[:, layer], color=colour, alpha=0.13, lw=0)
+    if not few:
+        scale = _scale(layers)
+        figure.colorbar(scale, ax=axes, label="layer", fraction=0.04, pad=0.02)
+    _draw_laws(axes, result, n)
+    axes.axvline(fits.longest, color="0.75", lw=0.8, zorder=0)
+    axes.axvline(check.length, color="0.75", lw=0.8, zorder=0)
+    ticks = [*result.settings["lengths"], check.length]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlim(shortest * 0.93, check.length * 1.13)
+    axes.grid(True, which="major", alpha=0.25)
+    axes.set_xlabel("context n (tokens)")
+    axes.set_ylabel("keys (tokens)")
+    mass = 1 - fits.missed
+    axes.set_title(
+        f"Keys that hold {mass:.0%} of the attention mass not always kept: {fits.quantile:.0%} of "
+        "the rows, 90 % of the heads\n"
+        f"points: measured; lines: fits with 95 % bands, dotted beyond what was measured",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8.5, loc="upper left", framealpha=0.9)
+    figure.savefig(path)
+
+
+def _draw_laws(axes: Any, result: Result, n: Tensor) -> None:
+    """The laws of sparse layers in black, the check as a star at its end."""
+    drawn: dict[Budget, list[int]] = {}
+    for layer in range(len(result.fits.exponent)):
+        drawn.setdefault(result.chosen.of(layer), []).append(layer)
+    drawn.pop(Budget.dense(), None)
+    styles = ("-", "--", "-.", (0, (1, 1)))
+    for i, (budget, layers) in enumerate(drawn.items()):
+        many = len(drawn) > len(styles)
+        which = "" if len(drawn) == 1 else f", layers {', '.join(map(str, layers))}"
+        label = f"law: {budget.alpha:.3g} n$^{{{budget.exponent:g}}}${which}"
+        style = styles[0 if many and i else i % len(styles)]
+        axes.plot(n, budget(n.round().long()), linestyle=style, color="black", zorder=5,
+                  lw=0.8 if many and i else 2.2, label=None if many and i else label)  # fmt: skip
+    check = result.check
+    last = check.final
+    if last is None:
+        return
+    said = "met" if check.met else "MISSED"
+    keys = [budget(check.length) for budget in drawn]
+    axes.plot(
+        [check.length] * len(keys), keys, "*", ms=15, zorder=6,
+        color="#F0E442" if check.met else "#D55E00", markeredgecolor="black", ls="none",
+        label=f"check at twice the length: missed mass p95 {last.missed_p95:.3f}, "
+        f"{check.target:g} allowed: {said}",
+    )  # fmt: skip
+
+
+def plot_exponents(path: Path, result: Result) -> None:
+    """C of every layer and head with the verdicts, and how well it is known."""
+    fits = result.fits
+    layers, heads = fits.exponent.shape
+    width = 2.6 + 2 * max(2.4, 0.5 * min(heads, 16))
+    figure = Figure(figsize=(width, 1.9 + max(1.6, 0.3 * min(layers, 40))), dpi=130)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    marks = [[_MARKS[verdict] for verdict in layer] for layer in fits.verdict]
+    spread = fits.exponent_high - fits.exponent_low
+    _heat_map(figure, left, fits.exponent, "exponent C", marks)
+    _heat_map(figure, right, spread, "width of its 95 % interval", None)
+    figure.suptitle("Need k(n) = alpha n$^C$ of every head", fontsize=11)
+    figure.text(
+        0.5, 0.02,
+        "= proportional to n     x no power law fits     c constant     no mark: power law",
+        ha="center", fontsize=8.5,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path)
+
+
+def _heat_map(
+    figure: Figure, axes: Any, values: Tensor, title: str, marks: list[list[str]] | None
+) -> None:
+    """[layers, heads] on the fixed scale from 0 to 1, with numbers where there is room."""
+    layers, heads = values.shape
+    image = axes.imshow(values.numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("head", fontsize=9)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.set_xticks(range(0, heads, max(1, heads // 8)))
+    axes.set_yticks(range(0, layers, max(1, layers // 8)))
+    axes.tick_params(labelsize=8)
+    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).ax.tick_params(labelsize=8)
+    numbers = layers * heads <= 96
+    for (layer, head), value in np.ndenumerate(values.numpy()):
+        mark = "" if marks is None else marks[layer][head]
+        text = f"{value:.2f} {mark}".strip() if numbers else mark
+        colour = "black" if value > 0.55 else "white"
+        axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def _points(result: Result, layer: int) -> tuple[list[float], list[float]]:
+    """Of each length: mean context, and what the fitted quantile of rows needs in 90 % of heads."""
+    x, y = [], []
+    for rows in result.rows.values():
+        needs = getattr(result.needs, result.fits.which)[rows, layer].double()
+        x.append(float(result.needs.context[rows].double().mean()))
+        y.append(float(_most_heads(torch.quantile(needs, result.fits.quantile, dim=0)[None])[0]))
+    return x, y
+
+
+def _most_heads(keys: Tensor) -> Tensor:
+    """[..., heads] -> [...], what is enough for 90 % of the heads."""
+    return torch.quantile(keys, 0.9, dim=-1)
+
+
+def _scale(layers: int) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(0, layers - 1), "viridis")
+
+
+def _layer_colours(layers: int) -> tuple[list[Any], bool]:
+    """A colour for each layer, and whether they are few enough for a legend."""
+    if layers <= len(_COLOURS):
+        return list(_COLOURS[:layers]), True
+    scale = _scale(layers)
+    return [scale.to_rgba(layer) for layer in range(layers)], False
