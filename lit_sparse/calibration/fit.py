@@ -101,9 +101,13 @@ class HeadFits:
 
     @property
     def verdict(self) -> list[list[Verdict]]:
-        """Of every head: "proportional" (C of .9 and more), "no power law" (C changes by more than
-        .3 over the measured contexts, or another curve is much better), "constant" (the best form
-        is), or "power".
+        """Of every head, the first that holds:
+
+        - "proportional": C is .9 or more, or a proportional form is the best and C may be .9;
+        - "no power law": C changes by more than .3 over the measured contexts, or a curve that is
+          none is much better;
+        - "constant": the best form is;
+        - "power".
         """
         certain = self.bend.abs() - 2 * self.curvature_error * self._doublings > _BEND
         return [
@@ -113,7 +117,9 @@ class HeadFits:
 
     def _verdict(self, layer: int, head: int, bent: bool) -> Verdict:
         model = self.model[layer][head]
-        if self.exponent[layer, head] >= PROPORTIONAL:
+        # Of few short rows the upper quantile falls towards the mean as n grows, and C with it.
+        uncertain = self.exponent_high if model in ("linear", "gaussian") else self.exponent
+        if max(self.exponent[layer, head], uncertain[layer, head]) >= PROPORTIONAL:
             return "proportional"
         if bent or (model in ("log", "gaussian") and self.misfit[layer, head] > _STRONG):
             return "no power law"
@@ -250,7 +256,7 @@ def _check(needs: Needs) -> int:
 def _shrink(raw: Tensor, error: Tensor) -> Tensor:
     """Exponents [layers, heads] drawn to their layer's median (empirical Bayes): by the share of
     what they scatter by that their standard errors explain."""
-    median = raw.median(1, keepdim=True).values
+    median = torch.quantile(raw, 0.5, dim=1, keepdim=True)
     noise = error.square()
     scatter = (raw - median).square().mean(1, keepdim=True)
     own = (scatter - noise.mean(1, keepdim=True)).clamp(min=0)

@@ -62,10 +62,10 @@ def choose_law(
 ) -> ChosenLaw:
     """One law that satisfies nine heads of ten, and exceptions for the layers that need more.
 
-    C is that of the upper-quartile head, alpha the 90th percentile of k_ref n_ref^-C. A layer whose
-    upper-quartile head has a C of .9 or more stays dense: no sublinear budget is enough for it. One
-    whose 90th-percentile head needs a tenth more than the law at a measured length has its own
-    alpha.
+    C is that of the upper-quartile head, alpha the 90th percentile of k_ref n_ref^-C. A layer stays
+    dense where the need of its upper-quartile head is proportional to the context: no sublinear
+    budget is enough for it. One whose 90th-percentile head needs a tenth more than the law, at
+    n_ref or at the longest measured context, has its own alpha.
 
     Args:
         fits: of `fit_heads`.
@@ -74,10 +74,14 @@ def choose_law(
         sink, local, late: as in `Budget`.
         block: keys of a block.
     """
-    upper = torch.quantile(fits.exponent, 0.75, dim=1)
-    dense = (upper >= PROPORTIONAL).nonzero()[:, 0].tolist()
-    sparse = [layer for layer in range(len(upper)) if layer not in dense]
-    warnings = [_proportional(dense, len(upper))] if dense else []
+    count = len(fits.exponent)
+    dense = [
+        layer
+        for layer, verdicts in enumerate(fits.verdict)
+        if verdicts.count("proportional") >= len(verdicts) / 4
+    ]
+    sparse = [layer for layer in range(count) if layer not in dense]
+    warnings = [_proportional(dense, count)] if dense else []
     if not sparse:
         return ChosenLaw(Budget.dense(), {}, tuple(warnings))
 
@@ -99,7 +103,7 @@ def choose_law(
     idle = [layer for layer in sparse if chosen.of(layer)(fits.longest) >= 0.9 * fits.longest]
     if idle:
         warnings.append(
-            f"{_layers(idle, len(upper))} would keep 90 % and more of the keys at the longest "
+            f"{_layers(idle, count)} would keep 90 % and more of the keys at the longest "
             f"measured context of {fits.longest} tokens: sparse attention saves nothing there."
         )
     return ChosenLaw(chosen.budget, chosen.layers, tuple(warnings + _doubts(fits, sparse)))
@@ -136,8 +140,8 @@ def _proportional(dense: Sequence[int], layers: int) -> str:
     verb = "needs" if len(dense) == 1 else "need"
     stay = "it stays" if len(dense) == 1 else "they stay"
     return (
-        f"{_layers(dense, layers)} {verb} keys in proportion to the context (a quarter of the "
-        f"heads has a C of {PROPORTIONAL} or more): no sublinear budget is written, {stay} dense."
+        f"{_layers(dense, layers)} {verb} keys in proportion to the context (so does a "
+        f"quarter of the heads, or more): no sublinear budget is written, {stay} dense."
     )
 
 

@@ -15,10 +15,10 @@ EXACTLY = {"missed": MISSED, "block": 1, "sink": 0, "local": 0}
 
 
 def _two_level(length, generator):
-    """q, k [length, 4 heads, 1]: of the first n keys ceil(alpha n^C) are heavy, in any order, and
+    """q, k [length, 4 heads, 1]: of the first n keys floor(alpha n^C) are heavy, in any order, and
     share 1 - missed / 2 of the softmax of row n (scale 1)."""
     n = torch.arange(1, length + 1, dtype=torch.float64)[:, None]
-    heavy = torch.minimum((ALPHAS * n**EXPONENTS).ceil(), n)
+    heavy = torch.minimum((ALPHAS * n**EXPONENTS).floor().clamp(min=1), n)
     k = heavy.diff(dim=0, prepend=torch.zeros(1, 4))
     light = (n - heavy).clamp(min=1e-3)
     gap = (light / heavy).log() - torch.logit(torch.tensor(MISSED / 2, dtype=torch.float64))
@@ -33,7 +33,7 @@ def _gaussian(sigma):
     return build
 
 
-def _measure(build, seed, documents=16, rows=4):
+def _measure(build, seed, documents=32, rows=4):
     generator = torch.Generator().manual_seed(seed)
     measured = []
     for document in range(documents):
