@@ -142,7 +142,7 @@ def run_check(
         dense_loss = run("dense")
 
     def attempt(factor: float) -> Attempt:
-        obey(subject, chosen.scaled(factor))
+        obey(subject, raised(chosen, factor))
         watch = _Watch(layers)
         with observe(model, watch, layers):
             loss = run(f"alpha times {factor:.3g}", watch)
@@ -150,7 +150,7 @@ def run_check(
 
     attempts = _search(attempt, target, steps) if layers else []
     found = Check(length, target, attempts, dense_loss, {}, {})
-    obey(subject, chosen.scaled(found.factor))
+    obey(subject, raised(chosen, found.factor))
     tasks: dict[str, dict[str, Answers]] = {}
     made, left_out = _tasks(subject, length, prompts, seed)
     for name, task in made.items():
@@ -174,6 +174,17 @@ def _search(attempt: Callable[[float], Attempt], target: float, steps: int) -> l
         else:
             missing = factor
     return tried
+
+
+def raised(chosen: ChosenLaw, factor: float) -> ChosenLaw:
+    """A law with every alpha times a factor, to four digits; dense layers stay dense."""
+
+    def tidy(budget: Budget) -> Budget:
+        return replace(budget, alpha=float(f"{budget.alpha:.4g}"))
+
+    law = chosen.scaled(factor)
+    layers = {layer: tidy(budget) for layer, budget in law.layers.items()}
+    return replace(law, budget=tidy(law.budget), layers=layers)
 
 
 def obey(subject: Subject, chosen: ChosenLaw) -> Law:

@@ -23,7 +23,7 @@ from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.calibration import choose_law, feasibility, fit_heads
 from lit_sparse.recipes.benchmark.report import BadArgument, environment
 from lit_sparse.recipes.benchmark.steps import DTYPES
-from lit_sparse.recipes.calibrate.check import obey, run_check
+from lit_sparse.recipes.calibrate.check import obey, raised, run_check
 from lit_sparse.recipes.calibrate.measure import (
     Subject,
     default_lengths,
@@ -195,7 +195,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
     )
     longest = 2 * lengths[-1]
     check = run_check(subject, fitted, longest, missed, options.steps, options.prompts, seed, say)
-    chosen = fitted.scaled(check.factor)
+    chosen = raised(fitted, check.factor)
     result = Result(
         machine=_machine(options, command, dtype),
         settings=_settings(options) | {"lengths": lengths},

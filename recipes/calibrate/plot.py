@@ -33,11 +33,9 @@ def plot_law(path: Path, result: Result) -> None:
     colours, few = _layer_colours(layers)
     shortest = fits.shortest
     n = torch.logspace(np.log10(shortest), np.log10(check.length), 60, dtype=torch.float64)
-    measured = n <= fits.longest * 1.001
+    last = int((n <= fits.longest).sum())
 
-    axes.plot(n, n, color="0.6", lw=1, zorder=1)
-    axes.annotate("k = n: every key", (n[0], n[0]), xytext=(4, 8), textcoords="offset points",
-                  color="0.45", fontsize=8, rotation=0)  # fmt: skip
+    axes.plot(n, n, color="0.6", lw=1, zorder=1, label="every key (k = n)")
     fit, low, high = (_most_heads(x) for x in (fits.keys_at(n), *fits.band_at(n)))
     for layer in range(layers):
         colour = colours[layer]
@@ -45,8 +43,8 @@ def plot_law(path: Path, result: Result) -> None:
         label = f"layer {layer}" + (", stays dense" if dense else "") if few else None
         x, y = _points(result, layer)
         axes.plot(x, y, _SHAPES[layer] if few else ".", color=colour, ms=6, zorder=4, label=label)
-        axes.plot(n[measured], fit[measured, layer], "-", color=colour, lw=1.3, zorder=3)
-        axes.plot(n[~measured], fit[~measured, layer], ":", color=colour, lw=1.3, zorder=3)
+        axes.plot(n[:last], fit[:last, layer], "-", color=colour, lw=1.3, zorder=3)
+        axes.plot(n[last - 1 :], fit[last - 1 :, layer], ":", color=colour, lw=1.3, zorder=3)
         if few:
             axes.fill_between(n, low[:, layer], high[:, layer], color=colour, alpha=0.13, lw=0)
     if not few:
@@ -64,11 +62,11 @@ def plot_law(path: Path, result: Result) -> None:
     axes.grid(True, which="major", alpha=0.25)
     axes.set_xlabel("context n (tokens)")
     axes.set_ylabel("keys (tokens)")
-    mass = 1 - fits.missed
+    mass, share = 100 * (1 - fits.missed), 100 * fits.quantile
     axes.set_title(
-        f"Keys that hold {mass:.0%} of the attention mass not always kept: {fits.quantile:.0%} of "
-        "the rows, 90 % of the heads\n"
-        f"points: measured; lines: fits with 95 % bands, dotted beyond what was measured",
+        f"Keys that hold {mass:g} % of the mass that is not always kept: enough for {share:g} % of "
+        "the rows of 90 % of the heads\n"
+        "points: measured; lines: fits with 95 % bands, dotted beyond what was measured",
         fontsize=10,
     )
     axes.legend(fontsize=8.5, loc="upper left", framealpha=0.9)
@@ -113,8 +111,8 @@ def plot_exponents(path: Path, result: Result) -> None:
     left, right = figure.subplots(1, 2)
     marks = [[_MARKS[verdict] for verdict in layer] for layer in fits.verdict]
     spread = fits.exponent_high - fits.exponent_low
-    _heat_map(figure, left, fits.exponent, "exponent C", marks)
-    _heat_map(figure, right, spread, "width of its 95 % interval", None)
+    _heat_map(figure, left, fits.exponent, "exponent C", 1.0, marks)
+    _heat_map(figure, right, spread, "width of its 95 % interval", 0.5, None)
     figure.suptitle("Need k(n) = alpha n$^C$ of every head", fontsize=11)
     figure.text(
         0.5, 0.02,
@@ -126,11 +124,16 @@ def plot_exponents(path: Path, result: Result) -> None:
 
 
 def _heat_map(
-    figure: Figure, axes: Any, values: Tensor, title: str, marks: list[list[str]] | None
+    figure: Figure,
+    axes: Any,
+    values: Tensor,
+    title: str,
+    most: float,
+    marks: list[list[str]] | None,
 ) -> None:
-    """[layers, heads] on the fixed scale from 0 to 1, with numbers where there is room."""
+    """[layers, heads] on the fixed scale from 0 to `most`, with numbers where there is room."""
     layers, heads = values.shape
-    image = axes.imshow(values.numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis")
+    image = axes.imshow(values.numpy(), aspect="auto", vmin=0, vmax=most, cmap="viridis")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("head", fontsize=9)
     axes.set_ylabel("layer", fontsize=9)
@@ -142,7 +145,7 @@ def _heat_map(
     for (layer, head), value in np.ndenumerate(values.numpy()):
         mark = "" if marks is None else marks[layer][head]
         text = f"{value:.2f} {mark}".strip() if numbers else mark
-        colour = "black" if value > 0.55 else "white"
+        colour = "black" if value > 0.6 * most else "white"
         axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
 
 

@@ -176,10 +176,15 @@ def verdict(check: Check) -> str:
             f"{check.target:g} is allowed, also with alpha times {last.factor:.3g}. The budget is "
             "written all the same; allow more --steps, or a lower --target-mass."
         )
-    raised = "" if last.factor == 1 else f", with alpha times {last.factor:.3g}"
-    return (
+    said = (
         f"Target met: 95 % of the rows miss at most {last.missed_p95:.3f} of their mass, "
-        f"{check.target:g} is allowed{raised}."
+        f"{check.target:g} is allowed"
+    )
+    if last.factor == 1:
+        return f"{said}."
+    return (
+        f"{said}; that took alpha times {last.factor:.3g}: the fit counts the best blocks, which "
+        "the selection has to guess."
     )
 
 
@@ -221,7 +226,10 @@ def write_budget(path: Path, result: Result) -> None:
     law = result.law
     budgets = {layer: own.to_dict() for layer, own in law.layers.items()}
     fragment = {**law.to_dict(), "layers": budgets}
-    body = yaml.safe_dump({"sparse_attention": fragment}, sort_keys=False)
+    # One line for each budget.
+    body = yaml.safe_dump(
+        {"sparse_attention": fragment}, sort_keys=False, default_flow_style=None, width=1000
+    )
     path.write_text("\n".join([*head, body]), encoding="utf-8")
 
 
