@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_sparse.budget import Budget
-from lit_sparse.recipes.calibrate.report import Result
+from lit_sparse.recipes.calibrate.report import Result, named
 
 LAW, EXPONENTS = "k_of_n.png", "exponents.png"
 
@@ -66,7 +66,8 @@ def plot_law(path: Path, result: Result) -> None:
     axes.set_title(
         f"Keys that hold {mass:g} % of the mass that is not always kept: enough for {share:g} % of "
         "the rows of 90 % of the heads\n"
-        "points: measured; lines: fits with 95 % bands, dotted beyond what was measured",
+        f"points: measured; lines: fits{' with 95 % bands' if few else ''}, dotted beyond what was "
+        "measured",
         fontsize=10,
     )
     axes.legend(fontsize=8.5, loc="upper left", framealpha=0.9)
@@ -74,25 +75,29 @@ def plot_law(path: Path, result: Result) -> None:
 
 
 def _draw_laws(axes: Any, result: Result, n: Tensor) -> None:
-    """The laws of sparse layers in black, the check as a star at its end."""
-    drawn: dict[Budget, list[int]] = {}
-    for layer in range(len(result.fits.exponent)):
-        drawn.setdefault(result.chosen.of(layer), []).append(layer)
+    """The laws of sparse layers in black, that of most layers thick; the check as stars."""
+    drawn = result.budgets
     drawn.pop(Budget.dense(), None)
-    styles = ("-", "--", "-.", (0, (1, 1)))
-    for i, (budget, layers) in enumerate(drawn.items()):
-        many = len(drawn) > len(styles)
-        which = "" if len(drawn) == 1 else f", layers {', '.join(map(str, layers))}"
-        label = f"law: {budget.alpha:.3g} n$^{{{budget.exponent:g}}}${which}"
-        style = styles[0 if many and i else i % len(styles)]
-        axes.plot(n, budget(n.round().long()), linestyle=style, color="black", zorder=5,
-                  lw=0.8 if many and i else 2.2, label=None if many and i else label)  # fmt: skip
+    by_layers = sorted(drawn, key=lambda budget: -len(drawn[budget]))
+    context = n.round().long()
+
+    def draw(budget: Budget, style: str, width: float, label: str | None) -> None:
+        axes.plot(context, budget(context), style, color="black", lw=width, zorder=5, label=label)
+
     check = result.check
     last = check.final
     if last is None:
         return
+    first, *others = by_layers
+    draw(first, "-", 2.2, f"{_formula(first)}: law of {named(drawn[first])}")
+    for i, budget in enumerate(others):
+        count = sum(len(drawn[other]) for other in others)
+        draw(budget, "-", 0.8, None if i else f"laws of {count} layers that need more")
+    if last.factor != 1:
+        before = result.fitted.of(drawn[first][0])
+        draw(before, "--", 1.0, f"{_formula(before)}: as fitted, before the check")
     said = "met" if check.met else "MISSED"
-    keys = [budget(check.length) for budget in drawn]
+    keys = [budget(check.length) for budget in by_layers]
     axes.plot(
         [check.length] * len(keys), keys, "*", ms=15, zorder=6,
         color="#F0E442" if check.met else "#D55E00", markeredgecolor="black", ls="none",
@@ -101,12 +106,16 @@ def _draw_laws(axes: Any, result: Result, n: Tensor) -> None:
     )  # fmt: skip
 
 
+def _formula(budget: Budget) -> str:
+    return f"k = {budget.alpha:.3g} n$^{{{budget.exponent:g}}}$"
+
+
 def plot_exponents(path: Path, result: Result) -> None:
     """C of every layer and head with the verdicts, and how well it is known."""
     fits = result.fits
     layers, heads = fits.exponent.shape
-    width = 2.6 + 2 * max(2.4, 0.5 * min(heads, 16))
-    figure = Figure(figsize=(width, 1.9 + max(1.6, 0.3 * min(layers, 40))), dpi=130)
+    width, height = 2.6 + 2 * max(2.4, 0.36 * min(heads, 16)), 1.7 + min(max(1.6, 0.3 * layers), 6)
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     marks = [[_MARKS[verdict] for verdict in layer] for layer in fits.verdict]
@@ -114,12 +123,10 @@ def plot_exponents(path: Path, result: Result) -> None:
     _heat_map(figure, left, fits.exponent, "exponent C", 1.0, marks)
     _heat_map(figure, right, spread, "width of its 95 % interval", 0.5, None)
     figure.suptitle("Need k(n) = alpha n$^C$ of every head", fontsize=11)
-    figure.text(
-        0.5, 0.02,
+    figure.supxlabel(
         "= proportional to n     x no power law fits     c constant     no mark: power law",
-        ha="center", fontsize=8.5,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+        fontsize=8.5,
+    )
     figure.savefig(path)
 
 

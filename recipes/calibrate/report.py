@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,9 @@ BUDGET, NUMBERS = "budget.yaml", "calibration.json"
 
 QUANTILES = (0.5, 0.9)
 """Of the needs of rows, in the file of numbers."""
+
+IDLE = 0.9
+"""Share of the causal pairs from which a law saves nothing."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -52,6 +56,14 @@ class Result:
         return sorted(set(range(layers)) - set(sparse_layers(self.chosen, layers)))
 
     @property
+    def budgets(self) -> dict[Budget, list[int]]:
+        """Each budget once, with the layers that obey it."""
+        layers: dict[Budget, list[int]] = {}
+        for layer in range(len(self.fits.exponent)):
+            layers.setdefault(self.chosen.of(layer), []).append(layer)
+        return layers
+
+    @property
     def rows(self) -> dict[int, Tensor]:
         """Length -> which rows of `needs` are of its documents, bool [N]."""
         document = self.needs.document
@@ -61,14 +73,12 @@ class Result:
     def sentences(self) -> list[str]:
         """What a user should know about the law, the gravest first."""
         found = list(self.fitted.warnings)
-        longest = self.check.length
-        layers = sparse_layers(self.chosen, len(self.fits.exponent))
-        idle = [n for n in layers if self.chosen.of(n)(longest) >= 0.9 * longest]
-        if idle:
-            which = "The law" if len(idle) == len(layers) else f"The law of layers {_list(idle)}"
+        final = self.check.final
+        if final is not None and final.density >= IDLE:
             found.append(
-                f"{which} drops next to nothing up to {longest} tokens (k(n) is nine tenths of n "
-                "or more): sparse attention saves nothing at these lengths."
+                f"The law drops next to nothing at {self.check.length} tokens: the layers that are "
+                f"not dense keep {100 * final.density:.0f} % of the causal pairs. Sparse attention "
+                "saves nothing at these lengths."
             )
         return found + self.feasible.sentences
 
@@ -91,10 +101,11 @@ def lines(result: Result) -> list[str]:
     out += render_table(GROUPS, [_cells(result, layer) for layer in range(len(fits.exponent))])
     out += wrap(NOTE.format(n=round(fits.n_ref), quantile=round(100 * fits.quantile)))
     out += ["", "The law:"]
-    for budget, layers in _laws(result):
+    for budget, layers in result.budgets.items():
         keys = ", ".join(f"{budget(n)} at {n}" for n in _lengths(result))
         law = "every key" if budget == Budget.dense() else f"{budget}: {keys} tokens"
-        out += [f"  {layers}: {law}"]
+        first, *more = wrap(f"{named(layers)}: {law}")
+        out += [f"  {first}", *(f"    {line}" for line in more)]
     out += [line for sentence in result.sentences() for line in wrap(f"! {sentence}")]
     out += ["", *check_lines(check)]
     return out
@@ -102,7 +113,7 @@ def lines(result: Result) -> list[str]:
 
 GROUPS = (
     ("", ("layer",)),
-    ("exponent C", ("upper quartile", "95 % of it", "from entropy")),
+    ("exponent C", ("upper quartile", "its 95 %", "from entropy")),
     ("keys at n_ref", ("median head", "90 % of heads")),
     ("heads", ("power", "constant", "proportional", "none")),
     ("law", ("alpha", "C")),
@@ -111,7 +122,7 @@ GROUPS = (
 
 NOTE = (
     "n_ref is {n} tokens; keys are what {quantile} % of the rows are content with, whole blocks, "
-    "always-kept ones included. The interval is that of the head next to the upper quartile. From "
+    "always-kept ones included. The interval is that of the head next to that quartile. From "
     "entropy: median slope of ln exp(H), a second view of C. none: no power law fits."
 )
 
@@ -188,19 +199,16 @@ def verdict(check: Check) -> str:
     )
 
 
-def _laws(result: Result) -> list[tuple[Budget, str]]:
-    """Each budget once, with the layers that obey it."""
-    layers: dict[Budget, list[int]] = {}
-    for layer in range(len(result.fits.exponent)):
-        layers.setdefault(result.chosen.of(layer), []).append(layer)
-    return [
-        (budget, f"layer{'s' * (len(numbers) > 1)} {_list(numbers)}")
-        for budget, numbers in layers.items()
-    ]
-
-
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def named(layers: Sequence[int]) -> str:
+    """For example "layers 0-2, 5"; ascending numbers."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(parts)}"
 
 
 def _lengths(result: Result) -> list[int]:
