@@ -99,17 +99,18 @@ def rows_need(
 
     document = torch.bucketize(rows, bounds[:-1], right=True) - 1
     context = rows - bounds[document] + 1
-    kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     dtype = torch.promote_types(q.dtype, torch.float32)
     found = {name: q.new_zeros(len(rows), q.shape[1], dtype=dtype) for name in NEEDS}
     for d in document.unique().tolist():
         begin, end = int(bounds[d]), int(bounds[d + 1])
+        keys = k[begin:end].to(dtype).permute(1, 2, 0)
         step = max(_CHUNK_BYTES // (4 * q.shape[1] * (end - begin)), 1)
         for part in (document == d).nonzero()[:, 0].split(step):
             seen, where = int(context[part].max()), part.to(q.device)
-            queries = q[rows[part].to(q.device)].to(dtype).transpose(0, 1)
-            keys = k[begin : begin + seen].to(dtype).transpose(0, 1)
-            logits = scale * (queries @ keys[kv_head].transpose(1, 2))
+            # The heads that share keys are rows of one product: keys are not repeated.
+            queries = q[rows[part].to(q.device)].to(dtype).unflatten(1, (k.shape[1], -1))
+            logits = scale * (queries.permute(1, 2, 0, 3).flatten(1, 2) @ keys[..., :seen])
+            logits = logits.view(q.shape[1], len(part), seen)
             n = context[part].to(q.device)
             for name, value in _needs(logits, n, missed, block, sink, local).items():
                 found[name][where] = value.T.to(dtype)

@@ -103,8 +103,8 @@ def choose_law(
     idle = [layer for layer in sparse if chosen.of(layer)(fits.longest) >= 0.9 * fits.longest]
     if idle:
         warnings.append(
-            f"{_layers(idle, count)} would keep 90 % and more of the keys at the longest "
-            f"measured context of {fits.longest} tokens: sparse attention saves nothing there."
+            f"The budget of {_layers(idle, count)} keeps 90 % and more of the keys at the longest "
+            f"measured context, {fits.longest} tokens: sparse attention saves nothing there."
         )
     return ChosenLaw(chosen.budget, chosen.layers, tuple(warnings + _doubts(fits, sparse)))
 
@@ -132,23 +132,24 @@ def _doubts(fits: HeadFits, sparse: Sequence[int]) -> list[str]:
         if own.double().mean() > _CHANCE:
             where = [layer for layer in sparse if heads[layer].any()]
             count = f"{int(own.sum())} of {own.numel()} heads"
-            found.append(what.format(f"{count} ({_layers(where, len(heads)).lower()})"))
+            found.append(what.format(f"{count} ({_layers(where, len(heads))})"))
     return found
 
 
 def _proportional(dense: Sequence[int], layers: int) -> str:
-    verb = "needs" if len(dense) == 1 else "need"
-    stay = "it stays" if len(dense) == 1 else "they stay"
+    them, stays = ("it", "stays") if len(dense) == 1 else ("them", "stay")
     return (
-        f"{_layers(dense, layers)} {verb} keys in proportion to the context (so does a "
-        f"quarter of the heads, or more): no sublinear budget is written, {stay} dense."
+        f"In {_layers(dense, layers)} the need of a quarter of the heads, or more, is proportional "
+        f"to the context: no sublinear budget is written for {them}, which {stays} dense."
     )
 
 
 def _layers(numbers: Sequence[int], count: int) -> str:
-    if len(numbers) == count and count > 1:
-        return f"All {count} layers"
-    return f"Layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    if len(numbers) == count:
+        return f"all {count} layers"
+    return f"layers {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _rounded_up(value: float) -> float:

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 BANDWIDTH = 0.06
-"""Smoothing of the check loss, in standard deviations of a head's residuals."""
+"""Smoothing of the check loss, in standard deviations of a head's residuals; where few are far off,
+nearer that of the others."""
+
+# Quantiles a standard deviation off the mean of a normal distribution.
+_MIDDLE = (0.1587, 0.8413)
 
 _CHUNK_BYTES = 32 * 2**20
 
-# From a wide loss, nearly a parabola, to the final one: each start lies where Newton's step holds.
-_WIDTHS = (1.0, 0.5, 0.25, 0.12, *(BANDWIDTH,) * 5)
+# Powers of the last bandwidth: from a wide loss, nearly a parabola, to the final one, so that each
+# start lies where Newton's step holds.
+_STEPS = (0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1, 1, 1, 1, 1)
 
 # Least curvature, as a share of the largest that the loss can have.
 _RIDGE = 1e-3
@@ -42,6 +47,8 @@ def quantile_lines(x: Tensor, y: Tensor, weights: Tensor, quantile: float) -> tu
     # Where a line is exact there is nothing to scale by: a relative rounding of y takes the place.
     least = 1e-6 * y.abs().amax(1).clamp(min=1)
     scale = residual.std(1, correction=0).clamp(min=least)
+    low, high = torch.quantile(residual, torch.tensor(_MIDDLE).to(residual), dim=1)
+    width = BANDWIDTH * ((high - low) / 2 / scale).clamp(0.3, 1)
     target = (residual - shift[:, None]) / scale[:, None]
 
     moments = torch.stack([weights, weights * z, weights * z * z], dim=-1).to(y.dtype)
@@ -49,10 +56,9 @@ def quantile_lines(x: Tensor, y: Tensor, weights: Tensor, quantile: float) -> tu
     step = max(_CHUNK_BYTES // (target.element_size() * weights.numel()), 1)
     for begin in range(0, len(y), step):
         part = slice(begin, begin + step)
-        for width in _WIDTHS:
-            found[:, part] += _newton(
-                target[part], design, moments, found[:, part], width, quantile
-            )
+        for power in _STEPS:
+            line, now = found[:, part], width[part, None] ** power
+            line += _newton(target[part], design, moments, line, now, quantile)
     found = found * scale[:, None] + start
     found[..., 0] += shift
     slope = found[..., 1] / spread
@@ -60,9 +66,10 @@ def quantile_lines(x: Tensor, y: Tensor, weights: Tensor, quantile: float) -> tu
 
 
 def _newton(
-    y: Tensor, design: Tensor, moments: Tensor, line: Tensor, width: float, quantile: float
+    y: Tensor, design: Tensor, moments: Tensor, line: Tensor, width: Tensor, quantile: float
 ) -> Tensor:
-    """The step of `line` [B, P, 2] to y [P, N]; design [2, N], moments [B, N, 3] of weighted z."""
+    """The step of `line` [B, P, 2] to y [P, N]; design [2, N], moments [B, N, 3] of weighted z;
+    width [P, 1]."""
     above = torch.baddbmm(y[None], line, design.expand(len(line), -1, -1), alpha=-1)
     above = above.div_(width).sigmoid_()
     curvature = torch.bmm(above - above.square(), moments) / width
@@ -71,8 +78,10 @@ def _newton(
     a, b, c = (curvature + floor).unbind(-1)
     g, h = slope.unbind(-1)
     found = torch.stack([c * g - b * h, a * h - b * g], -1) / (a * c - b * b)[..., None]
-    # Of the wide first losses a step is at most a few residuals long.
-    return found.clamp(-2, 2)
+    # The logistic loss changes its curvature by at most a factor e over a width: the damping that
+    # makes Newton's method descend from anywhere (Sun and Tran-Dinh 2019).
+    length = (found.abs() * design.abs().amax(1)).sum(-1, keepdim=True) / width
+    return found * (length.log1p() / length.clamp(min=1e-6))
 
 
 def resample(document: Tensor, samples: int, seed: int) -> Tensor:
@@ -90,7 +99,7 @@ def standard_error(values: Tensor, documents: int) -> Tensor:
     From the middle 68 %: a sample that happens to have documents of a single length says nothing,
     and must not count.
     """
-    low, high = torch.quantile(values, torch.tensor([0.1587, 0.8413]).to(values), dim=0)
+    low, high = torch.quantile(values, torch.tensor(_MIDDLE).to(values), dim=0)
     return (documents / (documents - 2)) ** 0.5 * (high - low) / 2
 
 

@@ -69,10 +69,10 @@ def test_measured_gaussian_rows_need_a_share_of_the_context(sigma):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(simulate, seed):
-    """95 % intervals, 32 documents with effects of their own, 4 x 40 heads that share nothing."""
+    """95 % intervals, 32 documents with effects of their own, 4 x 20 heads that share nothing."""
     noise = {"of_document": 0.2, "of_row": 0.2, "seed": seed}
     needs = simulate(
-        lambda n: (ALPHAS[:, None] * n ** EXPONENTS[:, None]).repeat(1, 1, 40), **noise
+        lambda n: (ALPHAS[:, None] * n ** EXPONENTS[:, None]).repeat(1, 1, 20), **noise
     )
     fits = fit_heads(needs, which="keys", seed=seed)
     holds = (fits.exponent_low <= EXPONENTS[:, None]) & (EXPONENTS[:, None] <= fits.exponent_high)
