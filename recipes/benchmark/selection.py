@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from lit_sparse.attention.plan import Plan, make_plan
 from lit_sparse.attention.scores import SCORERS
 from lit_sparse.attention.select import default_tile
 from lit_sparse.budget import Budget
+from lit_sparse.recipes.benchmark.pieces import check_length, validation_pieces
 from lit_sparse.recipes.benchmark.report import BadArgument, number
 from lit_sparse.recipes.benchmark.steps import SEED, causal_pairs, executed_pairs
 
@@ -277,7 +277,8 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
     config = model.config.get_text_config()
     groups = config.num_attention_heads // config.num_key_value_heads
     tile = task.tile or default_tile(groups)
-    documents, names = _documents(task, model)
+    check_length(model, task.length)
+    documents, names = validation_pieces(model, task.model, task.data, task.length, task.documents)
     quality = Quality(rules(task.budget, tile), task.budget, task.block)
     generator = torch.Generator().manual_seed(SEED)
     late_half = task.length // 2
@@ -313,47 +314,4 @@ def _model(task: Task) -> Any:
         sparsify(model, task.budget, block=task.block, tile=task.tile)
     except (ValueError, NotImplementedError) as error:
         raise BadArgument(f"--model {task.model}: {error}") from error
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and task.length > longest:
-        raise BadArgument(
-            f"--length {task.length} is past the {longest} positions that the model was made for "
-            "(max_position_embeddings)"
-        )
     return model
-
-
-def _documents(task: Task, model: Any) -> tuple[list[Tensor], list[str]]:
-    """Pieces of exactly `length` tokens of the validation documents, and where they stand."""
-    from lit_sparse.data import PackedTextDataModule
-    from lit_sparse.data.tokenizer import has_tokenizer
-
-    own = has_tokenizer(task.model)
-    tokenizer = str(task.model) if own else "bytes"
-    try:
-        # Its defaults make the split that a training run keeps for validation.
-        data = PackedTextDataModule(path=task.data, tokenizer=tokenizer, row_tokens=task.length)
-        (held,) = data.validation_documents
-    except ValueError as error:
-        raise BadArgument(str(error)) from error
-    known = model.get_input_embeddings().num_embeddings
-    if data.vocab_size > known:
-        raise BadArgument(
-            f"--model {task.model} knows {known} tokens, its tokenizer "
-            f"{'' if own else '(bytes, as the directory has none) '}{data.vocab_size}"
-        )
-    whole = held.lengths // task.length
-    document = np.repeat(np.arange(len(whole)), whole)
-    piece = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
-    if not len(document):
-        raise BadArgument(
-            f"--length {task.length}: the longest validation document of --data {task.data} has "
-            f"{int(held.lengths.max(initial=0))} tokens"
-        )
-    chosen = np.random.default_rng(SEED).permutation(len(document))[: task.documents]
-    texts, names = [], []
-    for at in chosen:
-        begin = int(piece[at]) * task.length
-        tokens = held.read(int(document[at]), begin, task.length)
-        texts.append(torch.from_numpy(tokens.astype(np.int64)))
-        names.append(f"{held.name(int(document[at]))}[{begin}:{begin + task.length}]")
-    return texts, names
