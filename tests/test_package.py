@@ -18,12 +18,16 @@ LAYERS = {
     # data, models -> attention -> budget, theory)
     "budget": set(),
     "theory": set(),
+    "calibration": {"budget", "theory"},
     "attention": {"budget"},
     "models": {"attention", "budget", "theory"},
     "training": {"models", "attention", "budget"},
     "data": {"training", "models", "attention", "budget"},
     "callbacks": {"training", "data", "models", "attention", "budget", "theory"},
-    "recipes": {"callbacks", "training", "data", "models", "attention", "budget", "theory"},
+    "recipes": {
+        *("callbacks", "training", "data", "models", "attention", "budget", "theory"),
+        "calibration",
+    },
 }
 
 
