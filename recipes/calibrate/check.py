@@ -18,7 +18,7 @@ from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
 from lit_sparse.data import CommonWord, Passkey
 from lit_sparse.models import Law, dense_attention, observe, sparsify
-from lit_sparse.recipes.calibrate.measure import LATE, Progress, Subject, late_rows
+from lit_sparse.recipes.calibrate.measure import Progress, Subject, late_rows, late_start
 from lit_sparse.training.loss import chunked_cross_entropy
 
 ROWS = 64
@@ -135,7 +135,7 @@ def run_check(
             progress(f"held-out document {number} of {len(documents)}, {length} tokens, {said}")
             if watch is not None:
                 watch.rows = late_rows(length, ROWS, generator)
-            losses.append(_loss(model, subject.forward(tokens), tokens, int(LATE * length)))
+            losses.append(_loss(model, subject.forward(tokens), tokens, late_start(length)))
         return sum(losses) / len(losses)
 
     with dense_attention(model):
@@ -266,7 +266,7 @@ def _tasks(
     if not count:
         return {}, {}
     rng = np.random.default_rng(seed)
-    text, tokenizer = subject.texts.rest, subject.tokenizer
+    text, tokenizer = subject.texts.text, subject.tokenizer
     made: dict[str, Prompts] = {}
     left_out = {}
     for name, make in (

@@ -27,7 +27,9 @@ from lit_sparse.recipes.calibrate.check import obey, raised, run_check
 from lit_sparse.recipes.calibrate.measure import (
     Subject,
     default_lengths,
+    late_start,
     load,
+    local_window,
     longest_context,
     measure,
 )
@@ -126,7 +128,7 @@ def _check(options: argparse.Namespace) -> None:
     """What is wrong whatever the model and the data."""
     if not 0 < options.target_mass < 1:
         raise BadArgument(f"--target-mass must lie between 0 and 1, got {options.target_mass:g}")
-    least = {"documents": 1, "check_documents": 1, "rows": 1, "steps": 1, "prompts": 0, "seed": 0}
+    least = {"documents": 3, "check_documents": 1, "rows": 1, "steps": 1, "prompts": 0, "seed": 0}
     for name, smallest in (least | {"floor": 0, "sink": 0}).items():
         value = getattr(options, name)
         if value is not None and value < smallest:
@@ -169,6 +171,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
     )
     lengths = options.lengths or default_lengths(longest_context(model))
     _check_context(lengths, longest_context(model), given=options.lengths is not None)
+    _check_shortest(lengths[0], selecting.budget.sink, local_window(model, selecting))
     vocabulary = model.get_input_embeddings().num_embeddings
     documents, tokenizer = open_documents(options.model, options.data, vocabulary)
     texts = choose_texts(
@@ -178,7 +181,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
 
     subject = Subject(options.model, model, selecting, texts, tokenizer)
-    missed, seed, own = 1 - options.target_mass, options.seed, selecting.budget
+    missed, seed, own = round(1 - options.target_mass, 9), options.seed, selecting.budget
     needs = measure(subject, missed, options.rows, seed, say)
     say(f"fitting {needs.keys[0].numel()} heads", at_once=True)
     try:
@@ -219,6 +222,16 @@ def _check_context(lengths: list[int], context: int, given: bool) -> None:
         )
     if not given:
         _check_lengths(lengths)
+
+
+def _check_shortest(length: int, sink: int, local: int) -> None:
+    least = late_start(length) + 1
+    if least <= sink + local:
+        raise BadArgument(
+            f"--lengths: rows of a document of {length} tokens see {least} tokens and more, of "
+            f"which {sink + local} are always kept ({sink} at the start, {local} next to the row): "
+            "give longer --lengths, or smaller --sink, --block and --tile"
+        )
 
 
 def _machine(options: argparse.Namespace, command: str, dtype: str) -> dict[str, Any]:

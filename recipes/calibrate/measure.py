@@ -20,9 +20,6 @@ from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.texts import Texts
 
-LATE = 0.75
-"""Share of a document before the sampled rows: there a row sees about all of the length."""
-
 Progress = Callable[[str], None]
 
 
@@ -60,13 +57,6 @@ class Subject:
     def layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
 
-    @property
-    def local(self) -> int:
-        """Nearest tokens that every budget keeps."""
-        config = self.model.config.get_text_config()
-        groups = config.num_attention_heads // config.num_key_value_heads
-        return (self.selecting.tile or default_tile(groups)) + self.selecting.block
-
 
 def load(
     path: Path, dtype: str, device: str, block: int | None, tile: int | None, sink: int | None
@@ -98,9 +88,21 @@ def default_lengths(context: int) -> list[int]:
     return [context // 16, context // 8, context // 4, context // 2]
 
 
+def local_window(model: Any, law: Law) -> int:
+    """Nearest tokens that every budget keeps."""
+    config = model.config.get_text_config()
+    groups = config.num_attention_heads // config.num_key_value_heads
+    return (law.tile or default_tile(groups)) + law.block
+
+
+def late_start(length: int) -> int:
+    """First row of the last quarter of a document: from there a row sees about all of it."""
+    return 3 * length // 4
+
+
 def late_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` rows of the last quarter of a document (all, if there are fewer), ascending."""
-    first = int(LATE * length)
+    first = late_start(length)
     return torch.randperm(length - first, generator=generator)[:count].sort().values + first
 
 
@@ -116,13 +118,14 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
         progress: told what is done next.
     """
     selecting, texts = subject.selecting, subject.texts
-    block, sink, local = selecting.block, selecting.budget.sink, subject.local
+    block, sink = selecting.block, selecting.budget.sink
+    local = local_window(subject.model, selecting)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[int, RowNeed] = {}
     drawn = torch.empty(0, dtype=torch.int64)
 
     def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
-        scale = others[-2]
+        *_, scale, _ = others
         layers[layer] = rows_need(
             q, k, drawn, missed=missed, block=block, sink=sink, local=local, scale=scale
         )

@@ -157,12 +157,16 @@ def _heat_map(
 
 
 def _points(result: Result, layer: int) -> tuple[list[float], list[float]]:
-    """Of each length: mean context, and what the fitted quantile of rows needs in 90 % of heads."""
-    x, y = [], []
+    """Of each length: mean context, and what the fitted quantile of rows needs there in 90 % of
+    the heads; rows are moved to the mean context along their head's law.
+    """
+    fits, x, y = result.fits, [], []
     for rows in result.rows.values():
-        needs = getattr(result.needs, result.fits.which)[rows, layer].double()
-        x.append(float(result.needs.context[rows].double().mean()))
-        y.append(float(_most_heads(torch.quantile(needs, result.fits.quantile, dim=0)[None])[0]))
+        context = result.needs.context[rows].double()
+        needs = getattr(result.needs, fits.which)[rows, layer].double()
+        needs *= (context.mean() / context)[:, None] ** fits.exponent[layer]
+        x.append(float(context.mean()))
+        y.append(float(_most_heads(torch.quantile(needs, fits.quantile, dim=0))))
     return x, y
 
 

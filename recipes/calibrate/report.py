@@ -113,17 +113,18 @@ def lines(result: Result) -> list[str]:
 
 GROUPS = (
     ("", ("layer",)),
-    ("exponent C", ("upper quartile", "its 95 %", "from entropy")),
-    ("keys at n_ref", ("median head", "90 % of heads")),
+    ("exponent", ("C", "interval", "entropy")),
+    ("keys at n_ref", ("median", "90 %")),
     ("heads", ("power", "constant", "proportional", "none")),
     ("law", ("alpha", "C")),
     ("check", ("missed p95",)),
 )
 
 NOTE = (
-    "n_ref is {n} tokens; keys are what {quantile} % of the rows are content with, whole blocks, "
-    "always-kept ones included. The interval is that of the head next to that quartile. From "
-    "entropy: median slope of ln exp(H), a second view of C. none: no power law fits."
+    "n_ref is {n} tokens. C and its 95 % interval are of the upper-quartile head; entropy is the "
+    "median slope of ln exp(H), a second view of C. Keys are what {quantile} % of the rows of the "
+    "median head, or of 90 % of the heads, are content with: whole blocks, always-kept ones "
+    "included. none: no power law fits."
 )
 
 _MEANING = {
@@ -159,7 +160,7 @@ def _cells(result: Result, layer: int) -> list[str]:
 
 def check_lines(check: Check) -> list[str]:
     """The check on held-out documents, attempt by attempt, and the tasks."""
-    out = [f"Check at {check.length} tokens, held-out documents, the sparse operator:"]
+    out = [f"Check at {check.length} tokens, on held-out documents:"]
     for attempt in check.attempts:
         out += [
             f"  alpha times {attempt.factor:.3g}: missed mass p95 {attempt.missed_p95:.3f} (mean "

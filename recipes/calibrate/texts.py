@@ -37,7 +37,7 @@ class Texts:
         return [self.documents.name(document) for document in documents]
 
     @property
-    def rest(self) -> Documents:
+    def text(self) -> Documents:
         """The documents of the check as a store of their own, to take text for tasks from."""
         return Documents(self.documents.store, self.documents.numbers[self.held_out])
 
@@ -55,7 +55,7 @@ def open_documents(model: Path, data: str, vocabulary: int) -> tuple[Documents, 
         tokenizer = choose_tokenizer(data, None if is_store(data) else own)
         (store,) = open_stores(data, tokenizer).values()
     except ValueError as error:
-        raise BadArgument(str(error).replace("data.path", "--data", 1)) from error
+        raise BadArgument(str(error).replace("data.path =", "--data", 1)) from error
     if tokenizer.vocab_size > vocabulary:
         raise BadArgument(
             f"--data {data} is in the {tokenizer.vocab_size} tokens of {tokenizer.name}, --model "

@@ -15,6 +15,7 @@ from lit_sparse.data import ByteTokenizer, TokenStore, pack
 from lit_sparse.models import Law, build_model, dense_attention, law_of, observe, sparsify
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.check import Attempt, Check, _search, raised
+from lit_sparse.recipes.calibrate.report import check_lines
 from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
 
 SHARP = 40.0
@@ -205,7 +206,9 @@ def test_alpha_is_raised_to_the_least_that_meets_the_target():
     check = search(1000.0, steps=3)
     assert not check.met
     assert check.factor == pytest.approx(2.25)
-    assert Check(64, 0.05, [], 1.0, {}, {}).met, "every layer dense"
+    dense = Check(64, 0.05, [], 1.0, {}, {})
+    assert dense.met
+    assert "Every layer stays dense: no mass is missed." in check_lines(dense)
 
 
 def test_a_raised_law_leaves_dense_layers_dense():
@@ -254,11 +257,15 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
     model, store = str(place / "model"), str(place / "store")
     (tmp_path / "long.txt").write_text("one long document " * 100)
     basic = ["--model", model, "--data", store, "--out", str(tmp_path / "out")]
+    small = ["--block", "8", "--tile", "8", "--sink", "8"]
     for arguments, message in (
         (["--data", store], "the following arguments are required: --model, --out"),
         ([*basic, "--model", str(tmp_path / "no")], "there is no directory"),
-        ([*basic, "--data", str(tmp_path / "no")], "/no' does not exist"),
-        ([*basic, "--data", str(tmp_path / "long.txt")], "the documents are too few or too short"),
+        ([*basic, *small, "--data", str(tmp_path / "no")], "/no' does not exist"),
+        (
+            [*basic, *small, "--data", str(tmp_path / "long.txt")],
+            "the documents are too few or too short",
+        ),
         ([*basic, "--target-mass", "1"], "--target-mass must lie between 0 and 1, got 1"),
         ([*basic, "--target-mass", "0"], "--target-mass must lie between 0 and 1, got 0"),
         ([*basic, "--lengths", "64"], "--lengths 64 is too little to fit a law"),
@@ -266,8 +273,9 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
         ([*basic, "--lengths", "64,32,256"], "--lengths must rise, each given once"),
         ([*basic, "--lengths", "64,a"], "whole numbers with commas, got '64,a'"),
         ([*basic, "--lengths", "64,128,512"], "the longest may be 256"),
-        ([*basic, "--documents", "0"], "--documents must be >= 1, got 0"),
-        ([*basic, "--documents", "12"], "40 of the 44 that must have 64"),
+        ([*basic, "--lengths", "32,64,128"], "192 are always kept (64 at the start, 128 next to"),
+        ([*basic, "--documents", "2"], "--documents must be >= 3, got 2"),
+        ([*basic, *small, "--documents", "12"], "40 of the 44 that must have 64"),
         ([*basic, "--block", "12"], "--block must be a power of two"),
         ([*basic, "--out", str(made[0])], "holds a calibration already (budget.yaml"),
     ):
