@@ -115,8 +115,8 @@ def run_check(
     """Hold a law against dense attention; raise its alpha while it misses too much mass.
 
     Args:
-        subject: its model obeys the last law tried afterwards; its held-out documents have at least
-            `length` tokens.
+        subject: its model obeys the law that is found afterwards; its held-out documents have at
+            least `length` tokens.
         chosen: the law to begin with.
         target: 95th percentile of the missed mass that is accepted.
         steps: laws tried at most, the first included.

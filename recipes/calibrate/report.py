@@ -92,13 +92,14 @@ def lines(result: Result) -> list[str]:
     counts = Counter(verdict for layer in fits.verdict for verdict in layer)
     heads = fits.exponent.numel()
     said = ", ".join(f"{counts[v]} {_MEANING[v]}" for v in VERDICTS if counts[v])
-    text = [
+    out = wrap(
         f"Needs of {heads} heads at {fits.shortest} to {fits.longest} tokens, from "
-        f"{fits.documents} documents: {said}.",
+        f"{fits.documents} documents: {said}."
+    )
+    out += [
         "",
+        *render_table(GROUPS, [_cells(result, layer) for layer in range(len(fits.exponent))]),
     ]
-    out = [line for part in text for line in (wrap(part) or [""])]
-    out += render_table(GROUPS, [_cells(result, layer) for layer in range(len(fits.exponent))])
     out += wrap(NOTE.format(n=round(fits.n_ref), quantile=round(100 * fits.quantile)))
     out += ["", "The law:"]
     for budget, layers in result.budgets.items():
@@ -130,7 +131,7 @@ NOTE = (
 _MEANING = {
     "power": "grow as a power of the context",
     "constant": "need the same at every length",
-    "proportional": "need keys in proportion to the context (C of .9 or more)",
+    "proportional": "need keys in proportion to the context",
     "no power law": "follow no power law",
 }
 
