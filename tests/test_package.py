@@ -18,15 +18,21 @@ LAYERS = {
     # data, models -> attention -> budget, theory)
     "budget": set(),
     "theory": set(),
-    "calibration": {"budget", "theory"},
+    "calibration": {"theory", "budget"},
     "attention": {"budget"},
     "models": {"attention", "budget", "theory"},
     "training": {"models", "attention", "budget"},
     "data": {"training", "models", "attention", "budget"},
     "callbacks": {"training", "data", "models", "attention", "budget", "theory"},
     "recipes": {
-        *("callbacks", "training", "data", "models", "attention", "budget", "theory"),
+        "callbacks",
+        "training",
+        "data",
+        "models",
+        "attention",
         "calibration",
+        "budget",
+        "theory",
     },
 }
 
