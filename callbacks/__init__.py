@@ -1,10 +1,14 @@
 """Lightning callbacks: the plugin, the curriculum, the monitors, and what a run leaves behind."""
 
 from lit_sparse.callbacks.checkpoint import RunCheckpoint
+from lit_sparse.callbacks.cockpit import Cockpit
 from lit_sparse.callbacks.collapse import CollapseMonitor
+from lit_sparse.callbacks.collapse_rules import CollapseLimits
+from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
 from lit_sparse.callbacks.export import HuggingFaceExport
+from lit_sparse.callbacks.finite import FiniteGuard
 from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
 from lit_sparse.callbacks.sparse_attention import SparseAttention
@@ -13,9 +17,13 @@ from lit_sparse.callbacks.step_seed import StepSeed
 from lit_sparse.callbacks.throughput import Throughput
 
 __all__ = [
+    "BudgetController",
+    "Cockpit",
+    "CollapseLimits",
     "CollapseMonitor",
     "ContextCurriculum",
     "DenseGapMonitor",
+    "FiniteGuard",
     "HuggingFaceExport",
     "PasskeyEval",
     "RunCheckpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,10 @@ from torch import Tensor
 from lit_sparse.callbacks.common import add_text
 
 ADVICE = {
-    "concentration": "lower the learning rate of the query and key projections, use QK-norm or "
-    "sigma-reparametrisation",
+    "concentration": "lower the learning rate of the query and key projections, use QK-norm, "
+    "QK-clip or sigma-reparametrisation",
+    "near_collapse": "the next step is concentration: lower the learning rate of the query and key "
+    "projections, or clip them (QK-clip)",
     "saturation": "the softmax passes almost no gradient: lower the learning rate of the query "
     "and key projections, use QK-norm or QK-clip",
     "dispersion": "scale queries with ln n, allow a larger logit range, or raise the budget's "
@@ -27,6 +30,8 @@ ADVICE = {
     "lower the learning rate",
     "long_context_collapse": "only the longest rows collapse: lengthen the context in smaller "
     "steps, use a RoPE rule for this length, or length-scaled softmax",
+    "infeasible_range": "no choice of k(n) keys can hold the mass: raise alpha or the exponent, "
+    "loosen QK-norm or the soft cap, or keep these layers dense (sparse_attention.layers)",
     "persistent_error": "a larger budget does not help here: keep these layers dense "
     "(sparse_attention.layers), or let lit-sparse calibrate look at their need",
     "gap_grows_with_length": "the law is too tight for long contexts: raise the exponent, or "
@@ -122,7 +127,7 @@ class Alarm:
         rank_zero_warn(f"lit-sparse: {alert}")
         add_text(trainer, f"alerts/{kind}", alert.to_markdown())
         if self.on_alert == "stop":
-            trainer.should_stop = True
+            _stop_after_step(trainer)
         elif callable(self.on_alert):
             self.on_alert(trainer, alert)
 
@@ -133,14 +138,22 @@ class Alarm:
         self._raised = {tuple(place) for place in state_dict["raised"]}
 
 
-class Persistence:
-    """Averages of a value over the last measurements, beside its first one.
+def _stop_after_step(trainer: Trainer) -> None:
+    if trainer.fit_loop._should_accumulate():
+        # should_stop would end in the middle of the step, and lose what it has accumulated.
+        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + 1
+    else:
+        trainer.should_stop = True
 
-    Healthy heads are often extreme from the start: an alert wants a value that stays past its limit
-    and that moved there.
+
+class Persistence:
+    """Which places stay past a limit, and moved there.
+
+    Healthy heads are often extreme from the start: an alert wants `patience` measurements on end
+    past its limit, and a change against the first one. NaN is no measurement.
 
     Args:
-        patience: measurements that the average covers, and that there must be first.
+        patience: measurements on end.
     """
 
     def __init__(self, patience: int = 4) -> None:
@@ -148,32 +161,44 @@ class Persistence:
             raise ValueError(f"patience must be >= 1, got {patience}")
         self.patience = patience
         self._first: dict[str, Tensor] = {}
-        self._mean: dict[str, Tensor] = {}
-        self._count: dict[str, int] = {}
+        self._held: dict[str, Tensor] = {}
 
-    def add(self, name: str, value: Tensor) -> Tensor | None:
-        """The average with this measurement, of the same shape; None while there are too few."""
+    def add(self, name: str, value: Tensor, past: Tensor, moved: float | None = 0.1) -> Tensor:
+        """Add a measurement of a name; values of any one shape.
+
+        Args:
+            value: what is measured.
+            past: bool, where it is past its limit now.
+            moved: least change against the first measurement, negative for a fall; None: a value
+                that was past its limit from the start counts too.
+
+        Returns:
+            bool, where the limit has been passed for `patience` measurements.
+        """
         value = value.detach().double().cpu()
-        count = self._count[name] = self._count.get(name, 0) + 1
-        self._first.setdefault(name, value)
-        before = self._mean.get(name, value)
-        self._mean[name] = before + (value - before) / min(count, self.patience)
-        return self._mean[name] if count >= self.patience else None
+        known, past = ~value.isnan(), past.cpu()
+        first = self._first.get(name, value)
+        self._first[name] = first = torch.where(first.isnan(), value, first)
+        held = self._held.get(name, torch.zeros(value.shape, dtype=torch.int64))
+        self._held[name] = held = torch.where(known, (held + 1) * past, held)
+        long = known & (held >= self.patience)
+        if moved is None:
+            return long
+        return long & ((value - first) * math.copysign(1.0, moved) >= abs(moved))
 
-    def change(self, name: str) -> Tensor:
-        """The average minus the first measurement."""
-        return self._mean[name] - self._first[name]
+    def held(self, name: str) -> Tensor:
+        """int64: measurements on end that each place is past the limit by now."""
+        return self._held[name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "mean": self._mean, "count": self._count}
+        return {"first": self._first, "held": self._held}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._first, self._mean = state_dict["first"], state_dict["mean"]
-        self._count = state_dict["count"]
+        self._first, self._held = dict(state_dict["first"]), dict(state_dict["held"])
 
 
 def places_of(
-    flags: Tensor, values: Tensor, layers: Sequence[int], heads: Sequence[int]
+    flags: Tensor, values: Tensor, layers: Sequence[int], heads: Sequence[int | None]
 ) -> list[Place]:
     """The places where `flags` is set, bool [layers, heads], with their `values`."""
     return [

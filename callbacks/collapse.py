@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch.optim import Optimizer
 
-from lit_sparse.callbacks.common import add_figure, add_text
+from lit_sparse.callbacks.alerts import Alarm, Reaction
+from lit_sparse.callbacks.collapse_metrics import head_metrics, row_metrics, spread
+from lit_sparse.callbacks.collapse_rules import CollapseLimits, CollapseRules
+from lit_sparse.callbacks.common import add_figure, add_histogram
 from lit_sparse.callbacks.heatmap import heat_maps
+from lit_sparse.callbacks.projection_gradients import (
+    gradients_are_whole,
+    projection_gradients,
+    total,
+)
 from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
 
-ADVICE = {
-    "concentration": "lower the learning rate of the query and key projections, or use QK-norm",
-    "dispersion": "raise the budget's alpha, or scale queries with ln n",
-    "large logits": "lower the learning rate of the query and key projections, or use QK-clip",
-}
-"""Alert -> what to do; callbacks/README.md has the long form."""
+_BY_LAYER = ("entropy_ratio", "max_weight_without_sink", "saturated", "rank_residual")
+_HISTOGRAMS = ("entropy_ratio", "max_weight_without_sink", "logit_max")
+_PANELS = (
+    "entropy_ratio",
+    "max_weight_without_sink",
+    "saturated",
+    "effective_support",
+    "sink_mass",
+    "gamma_of_entropy",
+    "logit_max",
+    "range_margin",
+    "rank_residual",
+)
 
 
 class CollapseMonitor(SampledAttentionMonitor):
     """Log how sharp attention is and alert when heads collapse in either direction.
 
-    On sampled rows of training steps, under the dense softmax of each row, means over rows, heads
-    and layers of: `collapse/entropy_ratio` (H / ln n; near 0 concentrated, near 1 dispersed),
-    `collapse/max_weight` (without the sink tokens), `collapse/effective_support` (exp H, keys),
-    `collapse/sink_mass`, `collapse/logit_std`, `collapse/logit_max` (largest of all),
-    `collapse/gamma` (sigma^2 / 2 ln n, Gaussian logits collapse at 1) and `collapse/rank_residual`
-    (||X - mean|| / ||X|| of a head's outputs; near 0 all tokens get the same). Entropy ratio by
-    layer; after a validation, a figure of all by layer and head.
+    On sampled rows of training steps, under the dense softmax of each row: entropy, weights,
+    logits, and how alike a head's outputs are, as `collapse/NAME` (means over rows, heads and
+    layers; `logit_max` is the largest of all), `collapse_spread/NAME_p5` and `_p95`,
+    `collapse_by_layer/NAME_LL`, histograms of rows in `collapse_rows/NAME` and, after a validation,
+    a figure by layer and head. Before the optimizer's step, norms of the gradients of the query and
+    key projections: `collapse/query_grad_norm`, `collapse/key_grad_norm`. callbacks/README.md says
+    what each means.
 
-    A head alerts, once a kind, when its average over the last measurements is past a threshold and
-    has moved there since the first one: healthy heads are often sharp from the start. Alerts are
-    warnings and TensorBoard texts under `alerts/`.
+    The two failures have opposite cures and alerts of their own: concentration (a few keys have
+    everything) and dispersion (all keys have the same). Healthy heads are often sharp from the
+    start, so an alert wants `patience` measurements on end past its limit, and a change against the
+    first one. Each is raised once in a place.
 
     Args:
         every_n_steps, rows, min_context, seed, layers, heads: see `SampledAttentionMonitor`.
-        patience: measurements that an alert's average covers, and that there must be first.
-        concentration, dispersion: entropy ratios below and above which a head alerts.
-        largest_logit: absolute logit above which a head alerts.
+        patience: measurements on end that an alert wants.
+        limits: see `CollapseLimits`; None: its defaults.
+        on_alert: "warn": a warning and a TensorBoard text under `alerts/`; "stop": training ends
+            after the step, too; or a function that is called with trainer and alert, on every rank.
+
+    Raises:
+        ValueError: a value out of its range; see `SampledAttentionMonitor`.
     """
 
     def __init__(
@@ -53,100 +73,69 @@ class CollapseMonitor(SampledAttentionMonitor):
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         patience: int = 4,
-        concentration: float = 0.05,
-        dispersion: float = 0.95,
-        largest_logit: float = 50.0,
+        limits: CollapseLimits | None = None,
+        on_alert: Reaction = "warn",
     ) -> None:
         super().__init__(every_n_steps, rows, min_context, seed, layers, heads)
         if patience < 1:
             raise ValueError(f"CollapseMonitor patience must be >= 1, got {patience}")
-        self.patience = patience
-        self.concentration, self.dispersion = concentration, dispersion
-        self.largest_logit = largest_logit
+        self.limits = limits or CollapseLimits()
+        self._rules = CollapseRules(self.limits, patience)
+        self._alarm = Alarm(on_alert)
         self._average = Average()
-        self._first: dict[str, Tensor] = {}
-        self._smooth: dict[str, Tensor] = {}
-        self._measured = 0
-        self._alerted: set[tuple[str, int, int]] = set()
+        self._said_invisible = False
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
-        heads = {
-            name: sample.stack(field).nanmean(1)
-            for name, field in (
-                ("entropy_ratio", "entropy_ratio"),
-                ("max_weight", "max_weight_without_sink"),
-                ("effective_support", "effective_support"),
-                ("sink_mass", "sink_mass"),
-                ("logit_std", "logit_std"),
-                ("gamma", "gamma"),
-            )
-        }
-        heads["rank_residual"] = torch.stack([x[0] for x in sample.similarity.values()])
-        largest = sample.stack("logit_max").nan_to_num(0.0).amax(1)
-        values = {f"collapse/{name}": value.mean() for name, value in heads.items()}
-        values["collapse/logit_max"] = largest.max()
-        for layer, value in zip(sample.layers, heads["entropy_ratio"], strict=True):
-            values[f"collapse_by_layer/entropy_ratio_{layer:02d}"] = value.mean()
+        rows = row_metrics(sample, self.limits.missed_mass)
+        heads = head_metrics(sample, rows)
+        values = {f"collapse/{name}": value.nanmean() for name, value in heads.items()}
+        values["collapse/logit_max"] = heads["logit_max"].nan_to_num(-torch.inf).max()
+        for name, value in spread({**heads, **rows}).items():
+            values[f"collapse_spread/{name}"] = value
+        for name in _BY_LAYER:
+            for layer, value in zip(sample.layers, heads[name], strict=True):
+                values[f"collapse_by_layer/{name}_{layer:02d}"] = value.nanmean()
         pl_module.log_dict(values)
-        self._average.add(heads)
-        self._judge(
-            trainer, list(sample.layers), {"entropy": heads["entropy_ratio"], "logit": largest}
-        )
+        for name in _HISTOGRAMS:
+            add_histogram(trainer, f"collapse_rows/{name}", rows[name])
+        self._average.add({name: heads[name] for name in _PANELS})
+        for finding in self._rules.judge(sample, rows, heads):
+            self._alarm.raise_in(trainer, finding.kind, finding.places, finding.what)
 
-    # -- alerts --
+    # -- gradients --
 
-    def _judge(self, trainer: Trainer, layers: list[int], values: Mapping[str, Tensor]) -> None:
-        self._measured += 1
-        for name, value in values.items():
-            value = value.cpu()
-            self._first.setdefault(name, value)
-            before = self._smooth.get(name, value)
-            self._smooth[name] = before + (value - before) / min(self._measured, self.patience)
-        if self._measured < self.patience:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.global_step % self.settings.every_n_steps:
             return
-        entropy, logit = self._smooth["entropy"], self._smooth["logit"]
-        moved = entropy - self._first["entropy"]
-        past = {
-            "concentration": (entropy < self.concentration) & (moved < 0),
-            "dispersion": (entropy > self.dispersion) & (moved > 0),
-            "large logits": (logit > self.largest_logit) & (logit > self._first["logit"]),
-        }
-        shown = {"concentration": entropy, "dispersion": entropy, "large logits": logit}
-        for kind, flags in past.items():
-            new = [
-                (i, head)
-                for i, head in flags.nonzero().tolist()
-                if (kind, layers[i], head) not in self._alerted
-            ]
-            if new:
-                self._alerted |= {(kind, layers[i], head) for i, head in new}
-                self._alert(
-                    trainer, kind, [(layers[i], head, shown[kind][i, head]) for i, head in new]
-                )
+        found = projection_gradients(pl_module) if gradients_are_whole(trainer) else {}
+        for name, norms in found.items():
+            if norms:
+                pl_module.log(f"collapse/{name}_grad_norm", total(norms))
+            for layer, norm in norms.items():
+                pl_module.log(f"collapse_by_layer/{name}_grad_norm_{layer:02d}", norm)
+        if not any(found.values()) and not self._said_invisible:
+            self._said_invisible = True
+            rank_zero_warn(
+                "CollapseMonitor: this rank has no whole gradients of the query and key "
+                f"projections (they are sharded by {type(trainer.strategy).__name__}, or not "
+                "trained), so their norms are not logged"
+            )
 
-    def _alert(self, trainer: Trainer, kind: str, heads: list[tuple[int, int, Tensor]]) -> None:
-        listed = ", ".join(
-            f"layer {layer} head {head}: {value:.3g}" for layer, head, value in heads[:8]
-        )
-        more = f" and {len(heads) - 8} more" if len(heads) > 8 else ""
-        text = f"{kind} at step {trainer.global_step} ({listed}{more}); {ADVICE[kind]}"
-        rank_zero_warn(f"attention collapse: {text}")
-        add_text(trainer, f"alerts/{kind.replace(' ', '_')}", text)
+    # -- state --
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "average": self._average.state_dict(),
-            "first": self._first,
-            "smooth": self._smooth,
-            "measured": self._measured,
-            "alerted": sorted(self._alerted),
+            "rules": self._rules.state_dict(),
+            "alarm": self._alarm.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._average.load_state_dict(state_dict["average"])
-        self._first, self._smooth = state_dict["first"], state_dict["smooth"]
-        self._measured = state_dict["measured"]
-        self._alerted = {tuple(alert) for alert in state_dict["alerted"]}
+        self._rules.load_state_dict(state_dict["rules"])
+        self._alarm.load_state_dict(state_dict["alarm"])
 
     # -- the figure --
 
@@ -159,12 +148,5 @@ class CollapseMonitor(SampledAttentionMonitor):
     def _draw(self, trainer: Trainer) -> None:
         if panels := self._average.take():
             titles = {name.replace("_", " "): value for name, value in panels.items()}
-            limits = {
-                "entropy ratio": (0.0, 1.0),
-                "max weight": (0.0, 1.0),
-                "sink mass": (0.0, 1.0),
-            }
-            figure = heat_maps(
-                titles, f"Attention by layer and head, step {trainer.global_step}", limits
-            )
-            add_figure(trainer, "collapse/by_layer_and_head", figure)
+            title = f"Attention by layer and head, step {trainer.global_step}"
+            add_figure(trainer, "collapse/by_layer_and_head", heat_maps(titles, title))

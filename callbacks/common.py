@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
 
 from lit_sparse.models import find_models, is_sparse
 
@@ -56,3 +58,13 @@ def add_text(trainer: Trainer, name: str, text: str) -> None:
         experiment: Any = getattr(logger, "experiment", None)
         if trainer.is_global_zero and hasattr(experiment, "add_text"):
             experiment.add_text(name, text, trainer.global_step)
+
+
+def add_histogram(trainer: Trainer, name: str, values: Tensor) -> None:
+    """Show the distribution of values, NaN left out, in every logger that can (TensorBoard)."""
+    known = values.detach().flatten()
+    known = known[~torch.isnan(known)]
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if trainer.is_global_zero and len(known) and hasattr(experiment, "add_histogram"):
+            experiment.add_histogram(name, known, trainer.global_step)

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn import functional as F
 
-from lit_sparse.callbacks.common import add_figure, sparse_models
+from lit_sparse.callbacks.alerts import Alarm, Alert, Place
+from lit_sparse.callbacks.common import add_figure, add_histogram, sparse_models
+from lit_sparse.callbacks.compare_schedule import CompareSchedule
+from lit_sparse.callbacks.dense_comparison import DenseComparison, Gap
 from lit_sparse.callbacks.heatmap import heat_maps
-from lit_sparse.callbacks.sampled import Average, Sample, SampledAttentionMonitor
-from lit_sparse.models import dense_attention
+from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor, log2_bucket
+from lit_sparse.callbacks.sampler import Sample
+from lit_sparse.callbacks.signatures import GrowingGap, PersistentError, PersistentGap
+from lit_sparse.models import attention_layers, budget_of
+
+_COMPARED = "gap/kl, gap/loss_delta and gap/top1_agreement"
 
 
 class DenseGapMonitor(SampledAttentionMonitor):
-    """Log what sparse attention loses against dense attention, exactly, while it trains.
+    """Log what sparse attention loses against dense attention, exactly, and alert where the law is
+    wrong.
 
-    On sampled rows of training steps: `gap/captured_mass` (dense softmax mass of the kept keys,
-    1 - tau), its 5th percentile `gap/captured_mass_p5`, `gap/missed_mass` (tau), `gap/output_error`
-    (relative) and its 95th percentile, and captured mass by layer. On the first validation batches,
-    which run a second time with dense attention: `gap/kl` (KL of dense to sparse next-token
-    distributions, nats a token) and `gap/loss_delta` (sparse - dense loss, nats a token). After a
-    validation a figure shows missed mass and output error by layer and head.
+    On sampled rows of training steps: `gap/missed_mass` (dense softmax mass of the dropped keys,
+    tau = 1 - exp(lse_sparse - lse_dense)), `gap/captured_mass` (1 - tau), `gap/output_error`
+    (relative, of a head's output) and `gap/recall` (mass of the chosen far blocks over that of the
+    best ones), with their 5th and 95th percentiles over rows, heads and layers; by layer, by
+    context (`gap_by_context/NAME_00512`: rows that see 512 to 1023 keys), as histograms
+    (`gap_rows/`), and by head in a figure.
+
+    On the first batches of a validation, which run a second time with dense attention: `gap/kl` (KL
+    of the dense to the sparse next-token distribution, nats a token; also by context),
+    `gap/loss_delta` (sparse - dense loss, nats a token) and `gap/top1_agreement`.
+
+    Alerts, once a place (see callbacks/README.md): `persistent_error`, a layer whose output error
+    stays at equal contexts although the budget grew, or a model whose KL does; and
+    `gap_grows_with_length`, KL that grows with ln n over the documents of a validation.
 
     Args:
         every_n_steps, rows, min_context, seed, layers, heads: see `SampledAttentionMonitor`.
-        validation_batches: batches of each validation that also run densely.
+        validation_batches: batches of a validation that also run densely, on each rank; 0: none.
+        compare_every: validations from one that compares to the next, or "auto": as many as 1 % of
+            the training time allows. Stage ends and the last validation always compare.
+        on_alert: see `Reaction` in `lit_sparse.callbacks.alerts`.
+        patience: measurements under a budget that a layer's error is averaged over, at least 2.
+        error_limit: relative output error below which no layer alerts.
+        kl_limit: KL in nats a token below which no model alerts.
+
+    Raises:
+        ValueError: an option out of its range, a layer or head that the model does not have, or no
+            sparse model; when fitting starts at the latest.
     """
 
     def __init__(
@@ -40,38 +69,89 @@ class DenseGapMonitor(SampledAttentionMonitor):
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         validation_batches: int = 2,
+        compare_every: Literal["auto"] | int = "auto",
+        on_alert: Literal["warn", "stop"] | Callable[[Trainer, Alert], None] = "warn",
+        patience: int = 4,
+        error_limit: float = 0.2,
+        kl_limit: float = 0.25,
     ) -> None:
         super().__init__(every_n_steps, rows, min_context, seed, layers, heads)
-        if validation_batches < 0:
-            raise ValueError(
-                f"DenseGapMonitor validation_batches must be >= 0, got {validation_batches}"
-            )
+        whole = isinstance(compare_every, int) and not isinstance(compare_every, bool)
+        for name, value, holds, rule in (
+            ("validation_batches", validation_batches, validation_batches >= 0, ">= 0"),
+            (
+                "compare_every",
+                compare_every,
+                compare_every == "auto" or (whole and int(compare_every) >= 1),
+                "'auto' or a number of validations >= 1",
+            ),
+            ("patience", patience, patience >= 2, ">= 2"),
+            ("error_limit", error_limit, error_limit >= 0, ">= 0"),
+            ("kl_limit", kl_limit, kl_limit >= 0, ">= 0"),
+        ):
+            if not holds:
+                raise ValueError(f"DenseGapMonitor {name} must be {rule}, got {value!r}")
         self.validation_batches = validation_batches
+        self.schedule = CompareSchedule(compare_every)
+        self.alarm = Alarm(on_alert)
+        self._persistent_error = PersistentError(error_limit, patience)
+        self._persistent_gap = PersistentGap(kl_limit)
+        self._growing_gap = GrowingGap(kl_limit)
         self._average = Average()
-        self._hook: Any = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
-        self._sums: Tensor | None = None
+        self._comparison: DenseComparison | None = None
+        self._due = False
+        self._seconds = 0.0
+
+    # -- sampled rows --
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
-        tau, error = sample.stack("tau"), sample.stack("output_error")
-        mass = 1 - tau
-        values = {
-            "gap/captured_mass": mass.nanmean(),
-            "gap/captured_mass_p5": mass.nanquantile(0.05),
-            "gap/missed_mass": tau.nanmean(),
-            "gap/output_error": error.nanmean(),
-            "gap/output_error_p95": error.nanquantile(0.95),
-        }
-        for layer, value in zip(sample.layers, mass, strict=True):
-            values[f"gap_by_layer/captured_mass_{layer:02d}"] = value.nanmean()
+        names = {"missed_mass": "tau", "output_error": "output_error", "recall": "recall"}
+        found = {name: sample.stack(field) for name, field in names.items()}
+        values = {"gap/captured_mass": 1 - found["missed_mass"].nanmean()}
+        bucket = _buckets(sample)
+        for name, value in found.items():
+            if value.isnan().all():  # nothing was chosen: no recall
+                continue
+            values[f"gap/{name}"] = value.nanmean()
+            values[f"gap/{name}_p5"] = value.nanquantile(0.05)
+            values[f"gap/{name}_p95"] = value.nanquantile(0.95)
+            add_histogram(trainer, f"gap_rows/{name}", value)
+            if name == "recall":
+                continue
+            for layer, own in zip(sample.layers, value, strict=True):
+                values[f"gap_by_layer/{name}_{layer:02d}"] = own.nanmean()
+            for n in bucket[bucket > 0].unique().tolist():
+                values[f"gap_by_context/{name}_{n:05d}"] = value[bucket == n].nanmean()
         pl_module.log_dict(values)
-        self._average.add({"missed mass": tau.nanmean(1), "output error": error.nanmean(1)})
+        by_head = {name: value.nanmean(1) for name, value in found.items()}
+        self._average.add({name.replace("_", " "): value for name, value in by_head.items()})
+        places = self._persistent_error.add(sample)
+        what = "relative output error at equal contexts has not fallen with a larger budget"
+        self.alarm.raise_in(trainer, "persistent_error", places, what)
 
     # -- the same validation batch, densely --
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.validation_batches and not trainer.enable_validation:
+            rank_zero_warn(
+                f"DenseGapMonitor has no validation data to compare on: {_COMPARED} are left out, "
+                "and so are their alerts. Give fit val_dataloaders and the module a "
+                "validation_step, or set validation_batches to 0."
+            )
+        elif self.validation_batches and not _language_models(pl_module):
+            rank_zero_warn(
+                f"DenseGapMonitor: no sparse model here has a language-model head, {_COMPARED} are "
+                "left out, and so are their alerts"
+            )
+        self.schedule.resume_clock()
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # nats of KL, of the sparse and of the dense loss; tokens of the KL and of the losses.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=pl_module.device)
+        self._comparison, self._seconds = None, 0.0
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._due = not trainer.sanity_checking and (not fitting or self.schedule.due(trainer))
+        if self._due and self.validation_batches and (models := _language_models(pl_module)):
+            self._comparison = DenseComparison(models[0])
 
     def on_validation_batch_start(
         self,
@@ -81,14 +161,8 @@ class DenseGapMonitor(SampledAttentionMonitor):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx < self.validation_batches and dataloader_idx == 0:
-            # Not the whole model: its caller may use the head in pieces, or not at all.
-            decoder = sparse_models(pl_module)[0].base_model
-            self._hook = decoder.register_forward_hook(self._remember, with_kwargs=True)
-
-    def _remember(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._call is None and kwargs.get("past_key_values") is None:
-            self._call = (args, kwargs, output.last_hidden_state.detach())
+        if self._comparison is not None and self._compares(batch_idx, dataloader_idx):
+            self._comparison.start_batch()
 
     def on_validation_batch_end(
         self,
@@ -99,84 +173,108 @@ class DenseGapMonitor(SampledAttentionMonitor):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        call, self._hook, self._call = self._call, None, None
-        model = sparse_models(pl_module)[0]
-        head = model.get_output_embeddings()
-        if call is None or head is None or self._sums is None:
-            return
-        args, kwargs, sparse = call
-        with torch.no_grad(), dense_attention(model), trainer.precision_plugin.forward_context():
-            dense = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            targets, real = _targets(ids, kwargs, sparse)
-            self._sums += _compare(sparse, dense, head, targets, real).to(self._sums)
+        if self._comparison is not None and self._compares(batch_idx, dataloader_idx):
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            began = time.perf_counter()
+            self._comparison.end_batch(trainer, batch)
+            self._seconds += time.perf_counter() - began
+
+    def _compares(self, batch_idx: int, dataloader_idx: int) -> bool:
+        return batch_idx < self.validation_batches and dataloader_idx == 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._sums is None:
+        if self._comparison is None:
             return
-        gathered = cast(Tensor, pl_module.all_gather(self._sums))
-        kl, sparse, dense, tokens, labels = gathered.view(-1, 5).sum(0)
-        if tokens > 0:
-            pl_module.log("gap/kl", (kl / tokens).float())
-        if labels > 0:
-            pl_module.log("gap/loss_delta", ((sparse - dense) / labels).float())
+        gap, self._comparison = self._comparison.result(pl_module), None
+        if gap is None:
+            return
+        values = {"gap/kl": gap.kl, "gap/top1_agreement": gap.top1_agreement}
+        for n, kl in gap.by_context().items():
+            if 2 * n > self.settings.min_context:  # the buckets that sampled rows have
+                values[f"gap_by_context/kl_{n:05d}"] = kl
+        if not math.isnan(gap.loss_delta):
+            values["gap/loss_delta"] = gap.loss_delta
+        pl_module.log_dict(values)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._judge(trainer, pl_module, gap)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average.state_dict()}
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, gap: Gap) -> None:
+        for kind, kl, what in (
+            (
+                "persistent_error",
+                self._persistent_gap.add(gap, _mean_keys(pl_module, gap)),
+                "KL to dense attention, nats a token, at equal contexts has not fallen with a "
+                "larger budget",
+            ),
+            (
+                "gap_grows_with_length",
+                self._growing_gap.add(gap),
+                "KL to dense attention grows with the context; nats a token of the longest ones",
+            ),
+        ):
+            places = [] if kl is None else [Place(None, None, kl)]
+            self.alarm.raise_in(trainer, kind, places, what)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._average.load_state_dict(state_dict["average"])
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._comparison is not None:
+            self._comparison.stop()
 
     # -- the figure --
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        if self._due:
+            began = time.perf_counter()
+            self._draw(trainer)
+            self.schedule.paid(self._seconds + time.perf_counter() - began)
+        self.schedule.resume_clock()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if panels := self._average.take():
+        panels = {name: x for name, x in self._average.take().items() if not x.isnan().all()}
+        if panels and trainer.loggers and trainer.is_global_zero:
             figure = heat_maps(panels, f"Gap to dense attention, step {trainer.global_step}")
             add_figure(trainer, "gap/by_layer_and_head", figure)
 
+    # -- state --
 
-def _targets(
-    ids: Tensor | None, kwargs: Mapping[str, Any], hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Next token of the same document, -100 where there is none; which tokens are real. [N]"""
-    mask = kwargs.get("attention_mask")
-    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    if mask is not None and mask.dim() == 2:
-        real = mask.bool()
-    targets = torch.full(hidden.shape[:2], -100, device=hidden.device)
-    if ids is not None:
-        follows = real[:, 1:] & real[:, :-1]
-        positions = kwargs.get("position_ids")
-        if positions is not None:
-            follows = follows & (positions[:, 1:] == positions[:, :-1] + 1)
-        targets[:, :-1] = torch.where(follows, ids[:, 1:], -100)
-    return targets.flatten(), real.flatten()
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "average": self._average,
+            "schedule": self.schedule,
+            "alarm": self.alarm,
+            "persistent_error": self._persistent_error.phases,
+            "persistent_gap": self._persistent_gap.phases,
+            "growing_gap": self._growing_gap,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state_dict[name])
 
 
-def _compare(
-    sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, real: Tensor, chunk: int = 1024
-) -> Tensor:
-    """Sums over tokens, nats: KL(dense || sparse), sparse and dense loss; tokens, targets."""
-    sums = torch.zeros(5, dtype=torch.float64, device=sparse.device)
-    pairs = zip(
-        sparse.flatten(0, 1).split(chunk),
-        dense.flatten(0, 1).split(chunk),
-        targets.split(chunk),
-        real.split(chunk),
-        strict=True,
-    )
-    for part_sparse, part_dense, target, is_real in pairs:
-        ours = head(part_sparse).float().log_softmax(-1)
-        theirs = head(part_dense).float().log_softmax(-1)
-        kl = (theirs.exp() * (theirs - ours)).sum(-1)[is_real]
-        losses = [F.nll_loss(x, target, ignore_index=-100, reduction="sum") for x in (ours, theirs)]
-        sums += torch.stack([kl.sum(), *losses, is_real.sum(), (target >= 0).sum()]).double()
-    return sums
+def _buckets(sample: Sample) -> Tensor:
+    """int64 [layers, R]: the context bucket of each row, 0 where a layer has no row."""
+    context = sample.stack("context")
+    return torch.where(context.isnan(), 0, log2_bucket(context.nan_to_num(1.0)))
+
+
+def _language_models(pl_module: LightningModule) -> list[Any]:
+    return [m for m in sparse_models(pl_module) if m.get_output_embeddings() is not None]
+
+
+def _mean_keys(pl_module: LightningModule, gap: Gap) -> dict[int, float]:
+    """Bucket -> keys that the law gives in its middle, geometric mean over layers."""
+    model = _language_models(pl_module)[0]
+    budgets = [budget_of(model, layer) for layer, _ in attention_layers(model)]
+    contexts = torch.tensor(list(gap.by_context()))
+    keys = torch.stack([budget(contexts + contexts // 2) for budget in budgets]).double()
+    return dict(zip(contexts.tolist(), keys.log().mean(0).exp().tolist(), strict=True))

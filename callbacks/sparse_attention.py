@@ -99,9 +99,7 @@ class SparseAttention(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for watch in self._watch:
-            watch.remove()
-        self._watch = []
+        self._end_watch()
         if self._selections:
             longest = int(np.diff(self._selections[0].plan.keys).max(initial=1))
             densities = [selection.density for selection in self._selections]
@@ -109,3 +107,14 @@ class SparseAttention(Callback):
             budget = budget_of(transformers_models(pl_module)[0])
             pl_module.log("curriculum/budget", float(budget(longest)))
             self._selections = []
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._end_watch()
+        self._selections = []
+
+    def _end_watch(self) -> None:
+        for watch in self._watch:
+            watch.remove()
+        self._watch = []

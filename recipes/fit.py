@@ -168,7 +168,9 @@ def _stages(callback: ContextCurriculum) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    """Run a sub-command. What is wrong before training starts is one line, not a traceback."""
+    """Run a sub-command. What is wrong before training starts, and numbers that are not finite in
+    it, are one line, not a traceback; exit status 2 and 1.
+    """
     # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
@@ -177,8 +179,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
         if _training_started(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        print(f"lit-sparse: error: {error}", file=sys.stderr)
+        print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # what was computed is wrong, not the program
+        if os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        print(f"lit-sparse: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -191,6 +198,13 @@ def _resolve_configs(argv: list[str]) -> list[str]:
         elif argument.startswith("--config="):
             resolved[i] = "--config=" + find_config(argument.removeprefix("--config="))
     return resolved
+
+
+def _own(error: BaseException) -> BaseException:
+    """What a constructor raised: jsonargparse wraps it in all that the argument might have been."""
+    while error.__cause__ is not None and str(error).startswith("Does not validate against any"):
+        error = error.__cause__
+    return error
 
 
 def _training_started(error: BaseException) -> bool:

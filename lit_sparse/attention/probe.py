@@ -12,108 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from lit_sparse.attention.plan import Plan
+from lit_sparse.attention.row_statistics import SINK_TOKENS, STATISTICS, RowStatistics
 from lit_sparse.attention.selection import Selection
 
-SINK_TOKENS = 4
-"""Keys at a document's start that "without sink" leaves out, renormalising the rest."""
-
-_CHUNK_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class RowStatistics:
-    """Statistics of R sampled rows, float32 [R, H] but for `context`; H query heads.
-
-    "Dense" means the softmax over all causal keys of the row's document.
-    """
-
-    context: Tensor
-    """int64 [R]: keys that each row sees, itself included (n)."""
-    kl: Tensor
-    """KL(p_S || p) = lse - lse_S in nats, of the kept keys S; 0 where nothing is dropped."""
-    output_error: Tensor
-    """||o_dense - o_sparse|| / ||o_dense||."""
-    recall: Tensor
-    """Mass of the far blocks that the row sees, over that of equally many best ones (the oracle of
-    this row and head). Far is what is not always kept. NaN where nothing was chosen.
-    """
-    entropy: Tensor
-    """Of the dense softmax, in nats."""
-    entropy_without_sink: Tensor
-    """The same without the first SINK_TOKENS keys, renormalised; 0 for rows that see no other."""
-    max_weight: Tensor
-    max_weight_without_sink: Tensor
-    collision: Tensor
-    """Sum of squared weights: its inverse is the participation ratio, 1 - it the trace of the
-    softmax's Jacobian."""
-    collision_without_sink: Tensor
-    sink_mass: Tensor
-    """Dense mass of the first SINK_TOKENS keys."""
-    logit_std: Tensor
-    """Standard deviation of the row's logits (sigma)."""
-    logit_max: Tensor
-    """Largest absolute logit."""
-    logit_range: Tensor
-    """Largest - smallest logit."""
-
-    @property
-    def tau(self) -> Tensor:
-        """Dense softmax mass of the dropped keys, in [0, 1]."""
-        return -torch.expm1(-self.kl)
-
-    @property
-    def captured_mass(self) -> Tensor:
-        """Dense softmax mass of the kept keys, 1 - tau."""
-        return torch.exp(-self.kl)
-
-    @property
-    def entropy_ratio(self) -> Tensor:
-        """entropy / ln(n), in [0, 1]; 1 where n is 1."""
-        return self._ratio(self.entropy, self.context)
-
-    @property
-    def entropy_ratio_without_sink(self) -> Tensor:
-        return self._ratio(self.entropy_without_sink, self.context - SINK_TOKENS)
-
-    @property
-    def effective_support(self) -> Tensor:
-        """exp(entropy): the number of equally weighted keys of the same entropy."""
-        return self.entropy.exp()
-
-    @property
-    def participation(self) -> Tensor:
-        """1 / sum p^2, in keys."""
-        return 1 / self.collision
-
-    @property
-    def jacobian_trace(self) -> Tensor:
-        """1 - sum p^2: 0 where the softmax passes no gradient."""
-        return 1 - self.collision
-
-    @property
-    def gamma(self) -> Tensor:
-        """sigma^2 / (2 ln n): collapse of Gaussian logits at 1 (random-energy model)."""
-        return self.logit_std**2 / (2 * self.context.clamp(min=2).log()[:, None])
-
-    @property
-    def gamma_of_entropy(self) -> Tensor:
-        """1 - H / ln n: what gamma would be, were the logits Gaussian."""
-        return 1 - self.entropy_ratio
-
-    @staticmethod
-    def _ratio(entropy: Tensor, keys: Tensor) -> Tensor:
-        log_n = keys.clamp(min=2).to(entropy.dtype).log()[:, None]
-        return torch.where(keys[:, None] > 1, entropy / log_n, 1.0)
-
-
-STATISTICS = tuple(f.name for f in fields(RowStatistics))[1:]
-"""Names of the [R, H] fields of `RowStatistics`."""
+_CHUNK_BYTES = (2 * 2**20, 32 * 2**20)
+"""Of one temporary tensor: what stays in a CPU's cache; what keeps a GPU busy."""
 
 
 def sample_rows(
@@ -160,51 +68,64 @@ def probe_rows(
     """
     plan, device = selection.plan, q.device
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    head = torch.arange(q.shape[1]) if heads is None else torch.tensor(heads)
-    kv_head = (head // (q.shape[1] // k.shape[1])).to(device)
-    head = head.to(device)
+    group = q.shape[1] // k.shape[1]
+    asked = torch.arange(q.shape[1]) if heads is None else torch.tensor(heads)
+    # Whole groups: the query heads of a key-value head read the same keys.
+    kv_heads = (asked // group).unique()
     # Rows, documents and contexts are host arithmetic: a device is not waited for.
     rows = rows.cpu()
     begins = torch.tensor(plan.queries)
     # Never an empty document: the next one starts at the same row.
     document = torch.bucketize(rows, begins[:-1], right=True) - 1
     context = rows - begins[document] + torch.from_numpy(plan.context)[document] + 1
+    kept = selection.rows_blocks(rows)
     tile, _ = selection.row_places(rows)
-    sink = torch.from_numpy(plan.counts[:, 0])[tile]
-    local = torch.from_numpy(plan.first_local)[tile]
+    sink = torch.from_numpy(plan.counts[:, 0])[tile].to(device)
+    local = torch.from_numpy(plan.first_local)[tile].to(device)
 
-    result = {name: q.new_empty(len(rows), len(head), dtype=_dtype(q)) for name in STATISTICS}
+    size = (len(rows), q.shape[1])
+    result = {name: q.new_empty(size, dtype=_dtype(q)) for name in STATISTICS}
+    chunk = _CHUNK_BYTES[device.type == "cuda"] // 4
     for d in document.unique().tolist():
-        begin, end = plan.keys[d], plan.keys[d + 1]
-        step = max(_CHUNK_BYTES // (4 * len(head) * (end - begin)), 1)
-        for part in (document == d).nonzero()[:, 0].split(step):
-            seen, where = int(context[part].max()), part.to(device)
-            own = rows[part].to(device)
-            keys = _by_head(k[begin : begin + seen], kv_head)
-            values = _by_head(v[begin : begin + seen], kv_head)
-            logits = scale * (_by_head(q[own], head) @ keys.transpose(1, 2))
-            hidden = torch.arange(seen, device=device) >= context[part].to(device)[:, None]
-            found, p, dense_lse = _sharpness(logits, hidden, context[part].to(device))
+        own = (document == d).nonzero()[:, 0]
+        begin, longest = plan.keys[d], int(context[own].max())
+        for some in kv_heads.split(max(chunk // (longest * q.shape[-1]), 1)):
+            head = (some[:, None] * group + torch.arange(group)).flatten().to(device)
+            some = some.to(device)
+            keys = _by_head(k[begin : begin + longest], some)
+            values = _by_head(v[begin : begin + longest], some)
+            for part in own.split(max(chunk // (longest * len(head)), 1)):
+                # Rows come in order, so the first ones see few keys.
+                seen, where = int(context[part].max()), part.to(device)
+                row = rows[part].to(device)
+                queries = _by_head(q[row], head).unflatten(0, (-1, group)).flatten(1, 2)
+                logits = (scale * queries) @ keys[:, :seen].transpose(1, 2)
+                logits = logits.unflatten(1, (group, -1)).flatten(0, 1)
+                n = context[part].to(device)
+                hidden = torch.arange(seen, device=device) >= n[:, None]
+                found, p, log_total, largest = _sharpness(logits, hidden, n)
 
-            kept = selection.rows_blocks(rows[part])[kv_head, :, : -(-seen // plan.block)]
-            far = (sink[part].to(device), local[part].to(device))
-            found["recall"] = _recall(p, kept, *far, plan.block)
-            if out is None or lse is None:
-                mask = kept.repeat_interleave(plan.block, -1)[..., :seen]
-                logits.masked_fill_(~mask | hidden, -math.inf)
-                sparse_lse = logits.logsumexp(-1)
-                sparse = (logits - sparse_lse[..., None]).exp() @ values
-            else:
-                sparse_lse = lse[own][:, head].T.to(logits.dtype)
-                sparse = _by_head(out[own], head)
-            found["kl"] = (dense_lse - sparse_lse).clamp(min=0)
-            dense = p @ values
-            tiny = torch.finfo(dense.dtype).tiny
-            error = (dense - sparse).norm(dim=-1) / dense.norm(dim=-1).clamp(min=tiny)
-            found["output_error"] = error
-            for name, value in found.items():
-                result[name][where] = value.T
-    return RowStatistics(context, **result)
+                blocks = kept[some][:, where, : -(-seen // plan.block)]
+                blocks = blocks.repeat_interleave(group, 0)
+                found["recall"] = _recall(p, blocks, sink[where], local[where], plan.block)
+                if out is None or lse is None:
+                    mask = blocks.repeat_interleave(plan.block, -1)[..., :seen]
+                    logits -= largest[..., None]
+                    logits.masked_fill_(~mask | hidden, -math.inf)
+                    kl = log_total - logits.logsumexp(-1)
+                    sparse = _times(logits.softmax(-1), values)
+                else:
+                    kl = log_total + largest - lse[row][:, head].T.to(logits.dtype)
+                    sparse = _by_head(out[row], head)
+                found["kl"] = kl.clamp(min=0)
+                dense = _times(p, values)
+                tiny = torch.finfo(dense.dtype).tiny
+                error = (dense - sparse).norm(dim=-1) / dense.norm(dim=-1).clamp(min=tiny)
+                found["output_error"] = error
+                for name, value in found.items():
+                    result[name][where[:, None], head] = value.T
+    columns = asked.to(device)
+    return RowStatistics(context, **{name: x[:, columns] for name, x in result.items()})
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -216,52 +137,50 @@ def _by_head(x: Tensor, heads: Tensor) -> Tensor:
     return x.index_select(1, heads).to(_dtype(x)).transpose(0, 1)
 
 
+def _times(p: Tensor, values: Tensor) -> Tensor:
+    """Weights [H, R, n] of the values [Hkv, N, D], of which a row sees the first n: [H, R, D]."""
+    grouped = p.unflatten(0, (len(values), -1)).flatten(1, 2) @ values[:, : p.shape[-1]]
+    return grouped.unflatten(1, (-1, p.shape[1])).flatten(0, 1)
+
+
 def _sharpness(
     logits: Tensor, hidden: Tensor, context: Tensor
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """logits [H, R, N], hidden bool [R, N], context [R]: the statistics of the dense softmax,
-    [H, R] each, the softmax itself, and its log-sum-exp.
+    [H, R] each, the softmax itself, and its log-sum-exp in two parts, the largest logit apart.
     """
     seen = logits.masked_fill(hidden, 0.0)
     mean = seen.sum(-1, keepdim=True) / context[:, None]
     variance = (seen - mean).masked_fill_(hidden, 0.0).square_().sum(-1) / context
     smallest = logits.masked_fill(hidden, math.inf).amin(-1)
-    largest = logits.masked_fill(hidden, -math.inf).amax(-1)
-
-    seen -= largest[..., None]
-    weights = seen.exp().masked_fill_(hidden, 0.0)
-    total = weights.sum(-1)
-    p = weights.div_(total[..., None])
-    plain = _entropy_and_collision(p, seen, torch.zeros_like(total), total.log())
-
-    sink = p[..., :SINK_TOKENS].sum(-1)
-    # Summed, not 1 - sink: where the sink takes nearly all, that difference is rounding.
-    rest = p[..., SINK_TOKENS:]
-    tiny = torch.finfo(p.dtype).tiny
-    if rest.shape[-1]:
-        left = rest.sum(-1).clamp(min=tiny)
-        without = _entropy_and_collision(rest, seen[..., SINK_TOKENS:], left.log(), total.log())
-        heaviest = rest.amax(-1) / left
-    else:
-        without, heaviest = (torch.zeros_like(sink),) * 2, torch.zeros_like(sink)
-    names = ("max_weight", "max_weight_without_sink", "sink_mass", "logit_std")
-    values = (1 / total, heaviest, sink, variance.sqrt())
-    found = dict(zip(names, values, strict=True))
-    found["entropy"], found["collision"] = plain
-    found["entropy_without_sink"], found["collision_without_sink"] = without
+    found, p, log_total, largest = _softmax(logits, hidden)
+    # A softmax of its own: where the sink takes nearly all, what p leaves to the rest underflows.
+    rest, *_ = _softmax(logits[..., SINK_TOKENS:], hidden[:, SINK_TOKENS:])
+    found |= {f"{name}_without_sink": value for name, value in rest.items()}
+    found["sink_mass"] = p[..., :SINK_TOKENS].sum(-1)
+    found["logit_std"] = variance.sqrt()
     found["logit_max"] = torch.maximum(largest.abs(), smallest.abs())
     found["logit_range"] = largest - smallest
-    return found, p, total.log() + largest
+    return found, p, log_total, largest
 
 
-def _entropy_and_collision(
-    p: Tensor, logits: Tensor, log_mass: Tensor, log_total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of p / exp(log_mass), where p = exp(logits - log_total) [H, R, N]; [H, R] each."""
-    mass = log_mass.exp()
-    mean = torch.linalg.vecdot(p, logits) / mass
-    entropy = (log_total + log_mass - mean).clamp(min=0)
-    return entropy, torch.linalg.vecdot(p, p) / mass.square()
+def _softmax(logits: Tensor, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Entropy, collision and largest weight of a softmax [H, R, N], all 0 where everything is
+    hidden; the softmax, and the log-sum-exp, of the logits less the largest, and that.
+    """
+    if not logits.shape[-1]:
+        nothing = logits.new_zeros(logits.shape[:2])
+        found = dict.fromkeys(("entropy", "collision", "max_weight"), nothing)
+        return found, logits, nothing, nothing
+    largest = logits.masked_fill(hidden, -math.inf).amax(-1)
+    relative = (logits - largest[..., None]).masked_fill_(hidden, 0.0)
+    weights = relative.exp().masked_fill_(hidden, 0.0)
+    total = weights.sum(-1)
+    some, total = total > 0, total.clamp(min=1)  # the largest alone gives 1
+    p = weights.div_(total[..., None])
+    entropy = (total.log() - torch.linalg.vecdot(p, relative)).clamp(min=0)
+    found = {"entropy": entropy, "collision": torch.linalg.vecdot(p, p), "max_weight": some / total}
+    return found, p, total.log(), largest
 
 
 def _recall(p: Tensor, kept: Tensor, sink: Tensor, local: Tensor, block: int) -> Tensor:

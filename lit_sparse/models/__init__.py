@@ -6,7 +6,9 @@ from lit_sparse.models.documents import Documents, find_documents
 from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
 from lit_sparse.models.sparsify import (
     Observation,
+    alpha_factor,
     budget_of,
+    configured_law,
     dense_attention,
     is_sparse,
     law_of,
@@ -26,11 +28,13 @@ __all__ = [
     "Law",
     "Observation",
     "RopeOrigin",
+    "alpha_factor",
     "attention_layers",
     "budget_of",
     "build_model",
     "check_rule",
     "check_support",
+    "configured_law",
     "dense_attention",
     "extend_context",
     "find_documents",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -122,6 +123,19 @@ def is_sparse(model: nn.Module) -> bool:
 def law_of(model: nn.Module) -> Law:
     """The law of a sparsified model; ValueError if it is not one."""
     return _require_state(model).law
+
+
+def configured_law(model: nn.Module) -> Law:
+    """The law of a sparsified model as `sparsify` and `set_budget` gave it: `law_of` without
+    `alpha_factor`.
+    """
+    state = _require_state(model)
+    return replace(state.given, budget=state.budget or state.given.budget)
+
+
+def alpha_factor(model: nn.Module) -> float:
+    """What `scale_budget` multiplies every alpha of a sparsified model by; 1 where it did not."""
+    return _require_state(model).alpha_factor
 
 
 def set_budget(model: nn.Module, budget: Budget | None) -> None:

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from lit_sparse.budget import Budget
 from lit_sparse.models import (
     Law,
+    alpha_factor,
     attention_layers,
     budget_of,
+    configured_law,
     dense_attention,
     is_sparse,
     law_of,
@@ -223,6 +225,9 @@ def test_alpha_is_scaled_whoever_sets_the_budget_and_in_any_order(tiny):
     assert budget_of(model) == Budget(alpha=12, exponent=0.25)
     scale_budget(model, 2)  # of what was given, not of what was
     assert budget_of(model) == Budget(alpha=16, exponent=0.25)
+    own = {0: Budget(alpha=3), 1: Budget.dense()}
+    assert configured_law(model) == Law(stage, own)
+    assert alpha_factor(model) == 2
     assert law_of(model) == Law.from_dict(model.config.sparse_attention)
     set_budget(model, None)
     assert budget_of(model) == Budget(alpha=4, floor=16)

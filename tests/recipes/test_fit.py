@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from lit_sparse.cli import main
+from lit_sparse.training import SparseLM
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,14 @@ BAD = [
     (["--checkpoint.dirpath", "elsewhere"], "checkpoint.dirpath = elsewhere"),
     (["--checkpoint.keep", "0"], "checkpoint.keep must be >= 1"),
     (["--run.root", "/proc/none"], "run.root: /proc/none"),
+    (
+        [
+            "--trainer.callbacks+=lit_sparse.callbacks.BudgetController",
+            "--trainer.callbacks.target",
+            "2",
+        ],
+        "error: BudgetController target must be in (0, 1), got 2.0\n",
+    ),
 ]
 
 
@@ -184,6 +193,22 @@ def test_what_is_wrong_is_one_line_before_training(config, capfd, arguments, mes
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("runs/*"))  # the next try must not find a run there
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_one_line(config, tmp_path, capfd, monkeypatch):
+    def raise_at_the_second_step(module, optimizer):
+        if module.global_step:
+            raise FloatingPointError("layer 1: its gradient is not finite")
+
+    monkeypatch.setattr(SparseLM, "on_before_optimizer_step", raise_at_the_second_step)
+    assert main(["fit", "--config", config, "--checkpoint.every_n_steps", "1"]) == 1
+    error = capfd.readouterr().err
+    assert "lit-sparse: error: layer 1: its gradient is not finite\n" in error
+    assert "Traceback" not in error
+    assert (tmp_path / "runs" / "small" / "checkpoints" / "step=1.ckpt").exists()
+    monkeypatch.setenv("LIT_SPARSE_TRACEBACK", "1")
+    with pytest.raises(FloatingPointError):
+        main(["fit", "--config", config, "--run.overwrite", "true"])
 
 
 def test_falling_lengths_are_refused(config, tmp_path, capfd):

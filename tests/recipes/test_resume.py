@@ -30,8 +30,16 @@ MONITORS = {
     "Throughput": {},
     "CollapseMonitor": {"every_n_steps": 3, "rows": 8, "min_context": 8, "patience": 2},
     "DenseGapMonitor": {"every_n_steps": 5, "rows": 8, "min_context": 8, "validation_batches": 1},
+    "BudgetController": {
+        "target": 0.2,
+        "every_n_steps": 3,
+        "rows": 8,
+        "min_context": 64,
+        "patience": 1,
+    },
     "PasskeyEval": {"prompts": 1, "generate": False},
     "StageReport": {},
+    "Cockpit": {},
 }
 CONFIG = {
     "model": {
