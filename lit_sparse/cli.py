@@ -12,6 +12,7 @@ _RECIPES = {
     "pack": ("lit_sparse.recipes.pack", "tokenise a corpus once, into a store to train from"),
     "configs": ("lit_sparse.recipes.shipped_configs", "list the shipped configs"),
     "kernels": ("lit_sparse.recipes.kernels", "compile the GPU kernels and report on them"),
+    "calibrate": ("lit_sparse.recipes.calibrate", "measure the keys a model needs, write a budget"),
     "inspect": ("lit_sparse.recipes.inspect", "how large logits can be, are, and have to be"),
     "benchmark": ("lit_sparse.recipes.benchmark", "time sparse attention, measure the selection"),
 }

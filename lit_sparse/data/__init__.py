@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_sparse.data.aggregation import CommonWord
 from lit_sparse.data.documents import Documents
 from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows.index import FILLER, RowIndex
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FILLER",
     "ByteTokenizer",
+    "CommonWord",
     "Documents",
     "HFTokenizer",
     "PackedTextDataModule",

@@ -14,6 +14,8 @@ from lit_sparse.data.encoder import TextEncoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 
 class Encoder(Protocol):
     """The part of a tokenizer that worker processes need. It pickles."""
@@ -195,6 +197,11 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
         f"data.tokenizer = {str(name_or_dir)!r} is neither 'bytes' nor a directory; nothing is "
         "downloaded, so give the path of a local Hugging Face tokenizer"
     )
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a Hugging Face directory brings a tokenizer."""
+    return any((Path(directory) / name).is_file() for name in _FILES)
 
 
 def _as_array(ids: Iterable[int]) -> np.ndarray:

@@ -12,8 +12,6 @@ from torch import Tensor
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.benchmark.steps import SEED
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
 
 def check_length(model: Any, length: int) -> None:
     """BadArgument unless the model was made for so many tokens."""
@@ -41,9 +39,10 @@ def validation_pieces(
     """
     from lit_sparse.data import PackedTextDataModule
     from lit_sparse.data.corpora import is_store
+    from lit_sparse.data.tokenizer import has_tokenizer
 
-    own = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    tokenizer = None if is_store(data) else str(directory) if own else "bytes"
+    own = str(directory) if has_tokenizer(directory) else "bytes"
+    tokenizer = None if is_store(data) else own
     try:
         # Its defaults make the split that a training run keeps for validation.
         module = PackedTextDataModule(path=data, tokenizer=tokenizer, row_tokens=length)
