@@ -1,16 +1,6 @@
-"""A small module to watch, and `python monitored.py OUT`: two ranks, gloo processes of Lightning's
-DDP, that validate and train it and write down what a monitor got, in OUT/RANK.json.
-"""
+"""A small module to watch, and trainers for it."""
 
 from __future__ import annotations
-
-import json
-import os
-import socket
-import sys
-import traceback
-import warnings
-from pathlib import Path
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -113,51 +103,3 @@ def gap_metrics(trainer):
     """What the monitor logged."""
     logged = trainer.callback_metrics.items()
     return {name: float(value) for name, value in logged if name.startswith("gap")}
-
-
-def train(out: Path, rank: int) -> None:
-    module = Module()
-    monitor = Recorder(every_n_steps=1, rows=9, min_context=8, compare_every=1)
-    ranks = {"strategy": "ddp", "devices": 2}
-    trainer = make_trainer([monitor, sparse()], **ranks)
-    trainer.validate(module, batches(4), verbose=False)
-    before = gap_metrics(trainer)
-    trainer = make_trainer([monitor, sparse()], **ranks)
-    trainer.fit(module, batches(4), batches(4))
-    found = {
-        "validated": before,
-        "trained": gap_metrics(trainer),
-        "context": [sample.layers[1].context.tolist() for sample in monitor.samples],
-        "tau": [sample.stack("tau").tolist() for sample in monitor.samples],
-        "cosine": [sample.similarity[0].tolist() for sample in monitor.samples],
-    }
-    (out / f"{rank}.json").write_text(json.dumps(found))
-
-
-def main(out: Path) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2}
-            os.environ |= {key: str(value) for key, value in ranks.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                train(out, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    ends = [os.waitpid(child, 0)[1] for child in children]
-    if any(ends):
-        sys.exit("a rank failed")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,10 +1,5 @@
 """BudgetController on real trainers: it moves, it stops, it says why, it resumes bit for bit."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -215,10 +210,8 @@ def test_bad_options_are_named(name, value):
         BudgetController(**{name: value})
 
 
-def test_two_ranks_decide_alike(tmp_path):
+def test_two_ranks_decide_alike(two_ranks):
     """Each rank sees other rows, of another length; the mass missed by both together decides."""
-    script = Path(__file__).with_name("controller_ranks.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = two_ranks["control"]
     assert first == second
     assert first["factors"][-1] > 1

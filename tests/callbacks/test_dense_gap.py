@@ -1,8 +1,5 @@
 """What the sparse model loses: on sampled rows, on the same validation batch, and what alerts."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -233,15 +230,8 @@ def test_autocast_of_the_trainer_holds_for_the_dense_run_too():
 # -- ranks --
 
 
-def test_two_ranks_measure_together(tmp_path):
-    script = Path(__file__).with_name("monitored.py")
-    subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+def test_two_ranks_measure_together(two_ranks):
+    first, second = two_ranks["measure"]
     assert first == second
     for context, tau in zip(first["context"], first["tau"], strict=True):
         assert len(context) == 10  # 9 rows asked for: 5 of each rank

@@ -1,11 +1,6 @@
 """A number that is not finite ends a run before the optimizer sees it, with the layer's name."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -278,16 +273,9 @@ def test_options_are_checked():
         FiniteGuard(on_alert="ignore")
 
 
-def test_all_ranks_do_the_same(tmp_path):
-    modes = ["raise", "warn"]
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("finite_ranks.py")), str(tmp_path), *modes],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
-    for mode in modes:
-        first, second = (json.loads((tmp_path / mode / f"{r}.json").read_text()) for r in range(2))
+def test_all_ranks_do_the_same(two_ranks):
+    for mode in ("raise", "warn"):
+        first, second = two_ranks[f"guard_{mode}"]
         assert first == second
         assert first["step"] == (1 if mode == "raise" else 4)
         assert first["places"] == [["not_finite", None, None]]
