@@ -262,6 +262,17 @@ def test_a_collapse_of_the_longest_rows_alone_is_one_of_length(failure):
     assert feed([bad] * 5)[0] == set()  # from the first measurement
 
 
+def test_a_few_rows_that_are_longer_than_the_rest_hide_no_collapse_of_length():
+    at_length = {"entropy_without_sink": lambda n: 0.1 if n >= 2048 else 2.8}
+    # The last row of a document of 4096 tokens, and three of a longer one.
+    rare = [*VARIED[:-4], 4096, 5000, 6000, 9000]
+    samples = [make(contexts=rare), *[make({(2, 6): at_length}, contexts=VARIED)] * 3]
+    assert feed(samples)[0] == {("long_context_collapse", 2, 6)}
+    exact = [*VARIED[:-4], *[4096] * 4]
+    samples = [make(contexts=exact), *[make({(2, 6): at_length}, contexts=VARIED)] * 3]
+    assert feed(samples)[0] == {("long_context_collapse", 2, 6)}
+
+
 def test_a_collapse_that_begins_with_longer_contexts_is_one_of_length():
     short, long = [512 + 8 * i for i in range(16)], [1024 + 64 * i for i in range(16)]
     before, after = make(contexts=short), make({(2, 6): SHARP}, contexts=long)
