@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from lit_sparse.callbacks.alerts import Alarm, Reaction
 from lit_sparse.callbacks.collapse_metrics import head_metrics, row_metrics, spread
 from lit_sparse.callbacks.collapse_rules import CollapseLimits, CollapseRules
-from lit_sparse.callbacks.common import add_figure, add_histogram
-from lit_sparse.callbacks.heatmap import heat_maps
+from lit_sparse.callbacks.common import add_histogram
 from lit_sparse.callbacks.projection_gradients import (
     gradients_are_whole,
     projection_gradients,
@@ -96,7 +95,8 @@ class CollapseMonitor(SampledAttentionMonitor):
         for name in _BY_LAYER:
             for layer, value in zip(sample.layers, heads[name], strict=True):
                 values[f"collapse_by_layer/{name}_{layer:02d}"] = value.nanmean()
-        pl_module.log_dict(values)
+        # One row alone has no rank residual.
+        pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()})
         for name in _HISTOGRAMS:
             add_histogram(trainer, f"collapse_rows/{name}", rows[name])
         self._average.add({name: heads[name] for name in _PANELS})
@@ -147,7 +147,5 @@ class CollapseMonitor(SampledAttentionMonitor):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if panels := self._average.take():
-            titles = {name.replace("_", " "): value for name, value in panels.items()}
-            title = f"Attention by layer and head, step {trainer.global_step}"
-            add_figure(trainer, "collapse/by_layer_and_head", heat_maps(titles, title))
+        panels = {name.replace("_", " "): x for name, x in self._average.take().items()}
+        self.draw(trainer, "collapse/by_layer_and_head", "Attention by layer and head", panels)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_sparse.callbacks.common import sparse_models
+from lit_sparse.callbacks.common import add_figure, sparse_models
+from lit_sparse.callbacks.heatmap import heat_maps
 from lit_sparse.callbacks.sampler import Moment, Sample, Settings, layers_and_heads, sampler_of
 
 
@@ -71,6 +73,14 @@ class SampledAttentionMonitor(Callback):
         """What a monitor does with a measured step; called on every rank with the same sample, at
         the end of the step's first micro-batch.
         """
+
+    def draw(self, trainer: Trainer, tag: str, title: str, panels: Mapping[str, Tensor]) -> None:
+        """A figure of values by layer and head, [layers, heads] each; all-NaN ones are left out."""
+        real = {name: value for name, value in panels.items() if not value.isnan().all()}
+        if real:
+            numbers = {"layers": self.settings.layers, "heads": self.settings.heads}
+            title = f"{title}, step {trainer.global_step}"
+            add_figure(trainer, tag, partial(heat_maps, real, title, **numbers))
 
     # -- Lightning --
 

@@ -157,6 +157,14 @@ def test_a_head_that_a_layer_lacks_is_left_out():
     assert float(module.logged["collapse_by_layer/rank_residual_02"]) == pytest.approx(0.8)
 
 
+def test_one_row_alone_logs_no_rank_residual():
+    alone = dict.fromkeys([(layer, head) for layer in LAYERS for head in HEADS], (math.nan,) * 2)
+    module, monitor = Empty(), CollapseMonitor()
+    monitor.finish(Trainer(logger=False, accelerator="cpu"), module, make({}, alone))
+    assert not [name for name in module.logged if "rank_residual" in name or "cosine" in name]
+    assert float(module.logged["collapse/sink_mass"]) == pytest.approx(0.1)
+
+
 # -- alerts --
 
 CASES = {
@@ -245,6 +253,12 @@ def test_a_logit_range_that_cannot_hold_the_mass_is_told_by_layer():
     loose = CollapseMonitor(patience=3, limits=CollapseLimits(missed_mass=0.1))
     assert feed([sample] * 4, loose)[0] == set()
     assert feed([make({(2, h): {"logit_range": 0.1} for h in HEADS}, budget=256)] * 4)[0] == set()
+
+
+def test_a_layer_without_numbers_is_no_alert():
+    nan = dict.fromkeys(HEALTHY, math.nan)
+    diverged = make({(2, head): nan for head in HEADS})
+    assert feed([make(), *[diverged] * 5])[0] == set()
 
 
 VARIED = [64, 100, 128, 200, 255, 300] + [2048, 3000, 3500, 4000] * 2

@@ -135,6 +135,10 @@ def test_rows_without_enough_context_are_no_sample():
     ((_, sample),) = short.samples
     assert sample.layers[0].context.tolist() == [159, 160]
     assert sample.budgets[0].tolist() == [80, 80]
+    assert sample.similarity[0].isfinite().all()
+    one = Recorder(min_context=160)
+    fit(Module(), one, count=1)
+    assert one.samples[0][1].similarity[0].isnan().all()  # not: as alike as can be
 
 
 @pytest.mark.parametrize(
