@@ -274,10 +274,19 @@ def test_an_interval_counts_validations_and_stage_ends_always_compare():
     assert monitor.steps == [4, 5, 8, 12, 14]
 
 
-def test_without_a_curriculum_the_last_validation_compares():
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        return iter(batches(3, (40,)).dataset)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_a_curriculum_the_last_validation_compares(stream):
     monitor = Compared(compare_every=100)
     trainer = make_trainer([monitor, sparse()], max_epochs=2, num_sanity_val_steps=1)
-    trainer.fit(Module(num_hidden_layers=1), batches(3, (40,)), batches(1, (40,)))
+    rows = torch.utils.data.DataLoader(Stream(), batch_size=None) if stream else batches(3, (40,))
+    trainer.fit(Module(num_hidden_layers=1), rows, batches(1, (40,)))
     assert monitor.steps == [6]
 
 
