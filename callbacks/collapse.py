@@ -128,15 +128,17 @@ class CollapseMonitor(SampledAttentionMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "watched": self.watched,
             "average": self._average.state_dict(),
             "rules": self._rules.state_dict(),
             "alarm": self._alarm.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._average.load_state_dict(state_dict["average"])
-        self._rules.load_state_dict(state_dict["rules"])
         self._alarm.load_state_dict(state_dict["alarm"])
+        if state_dict["watched"] == self.watched:
+            self._average.load_state_dict(state_dict["average"])
+            self._rules.load_state_dict(state_dict["rules"])
 
     # -- the figure --
 

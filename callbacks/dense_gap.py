@@ -251,11 +251,13 @@ class DenseGapMonitor(SampledAttentionMonitor):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"watched": self.watched, **parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self._parts().items():
-            part.load_state_dict(state_dict[name])
+            if name != "average" or state_dict["watched"] == self.watched:
+                part.load_state_dict(state_dict[name])
 
 
 def _buckets(sample: Sample) -> Tensor:

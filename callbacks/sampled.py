@@ -69,6 +69,12 @@ class SampledAttentionMonitor(Callback):
         )
         self._moment: Moment | None = None
 
+    @property
+    def watched(self) -> list[list[int] | None]:
+        """Layers and heads, None for all: what is kept by layer and head holds only for these."""
+        chosen = (self.settings.layers, self.settings.heads)
+        return [None if numbers is None else list(numbers) for numbers in chosen]
+
     def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
         """What a monitor does with a measured step; called on every rank with the same sample, at
         the end of the step's first micro-batch.

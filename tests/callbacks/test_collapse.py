@@ -317,6 +317,26 @@ def test_a_resumed_monitor_goes_on_where_it_was(tmp_path):
     torch.testing.assert_close(whole._average.take(), parts._average.take(), rtol=0, atol=0)
 
 
+def test_a_run_resumed_with_other_heads_begins_anew_for_them():
+    before = CollapseMonitor(patience=2)
+    feed([make(), make({(5, 4): {"logit_max": 70.0}})], before)
+    after = CollapseMonitor(patience=2, heads=[4, 6])
+    after.load_state_dict(before.state_dict())
+
+    def chosen(changes=None):
+        sample = make(changes)
+        rows = {
+            layer: RowStatistics(s.context, **{name: getattr(s, name)[:, 1:] for name in HEALTHY})
+            for layer, s in sample.layers.items()
+        }
+        similarity = {layer: pair[:, 1:] for layer, pair in sample.similarity.items()}
+        return Sample(rows, similarity, (4, 6), sample.budgets)
+
+    bad = chosen({(5, 6): {"logit_max": 70.0}})
+    assert feed([chosen(), bad, bad], after)[0] == {("large_logits", 5, 6)}
+    assert after._average.take()["logit_max"].shape == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
