@@ -110,19 +110,20 @@ class CollapseMonitor(SampledAttentionMonitor):
     ) -> None:
         if trainer.global_step % self.settings.every_n_steps:
             return
-        found = projection_gradients(pl_module) if gradients_are_whole(trainer) else {}
-        for name, norms in found.items():
+        if not gradients_are_whole(trainer):
+            if not self._said_invisible:
+                self._said_invisible = True
+                rank_zero_warn(
+                    "CollapseMonitor: this rank has no whole gradients of the query and key "
+                    f"projections (they are sharded by {type(trainer.strategy).__name__}), so "
+                    "their norms are not logged"
+                )
+            return
+        for name, norms in projection_gradients(pl_module).items():
             if norms:
                 pl_module.log(f"collapse/{name}_grad_norm", total(norms))
             for layer, norm in norms.items():
                 pl_module.log(f"collapse_by_layer/{name}_grad_norm_{layer:02d}", norm)
-        if not any(found.values()) and not self._said_invisible:
-            self._said_invisible = True
-            rank_zero_warn(
-                "CollapseMonitor: this rank has no whole gradients of the query and key "
-                f"projections (they are sharded by {type(trainer.strategy).__name__}, or not "
-                "trained), so their norms are not logged"
-            )
 
     # -- state --
 

@@ -19,11 +19,11 @@ class SampledAttentionMonitor(Callback):
     """Watches the attention of training steps without changing them.
 
     In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys
-    and values are observed where they pass, detached, and `rows` query rows of them are compared
-    with their whole context. Rows come from a generator of their own, seeded by the step, so that
-    the run is bitwise the same with and without a monitor, and resumes exactly. Monitors with the
-    same settings share the measurement. Under several ranks each samples its share, and all get the
-    rows of all.
+    and values are observed where they pass (the first time in the step), detached, and `rows` query
+    rows of them are compared with their whole context. Rows come from a generator of their own,
+    seeded by the step, so that the run is bitwise the same with and without a monitor, and resumes
+    exactly. Monitors with the same settings share the measurement. Under several ranks each samples
+    its share, and all get the rows of all.
 
     Args:
         every_n_steps: optimizer steps between measurements.

@@ -122,6 +122,8 @@ class Sampler:
             scale: float,
             documents: Any,
         ) -> None:
+            if first + layer in self._rows:
+                return  # of several calls in a step (a generation behind it) the first one counts
             # The same rows in every layer: what differs between two of them is the layer.
             generator = torch.Generator().manual_seed(seed)
             rows = sample_rows(selection.plan, share, generator, chosen.min_context)

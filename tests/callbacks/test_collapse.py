@@ -462,3 +462,6 @@ def test_gradients_that_are_not_whole_are_said_once_and_not_logged(architecture)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor.on_before_optimizer_step(trainer, module, None)
+        # Those that FiniteGuard has thrown away are none, but not for being sharded.
+        trainer.strategy = None
+        _monitor().on_before_optimizer_step(trainer, module, None)
