@@ -194,6 +194,14 @@ def test_a_failure_of_one_head_is_raised_there_when_it_persists(kind):
     assert feed([bad] * 6)[0] == set()
 
 
+def test_a_new_models_heads_disperse_when_they_were_sharper_for_a_while():
+    even = {"entropy": 5.5, "entropy_without_sink": 5.5}
+    new, trained = make({(layer, head): even for layer in LAYERS for head in HEADS}), make()
+    again = make({(5, 4): even})
+    assert feed([new, new, *[trained] * 3, *[again] * 3])[0] == {("dispersion", 5, 4)}
+    assert feed([new, new, *[trained] * 2, *[again] * 3])[0] == set()
+
+
 def test_saturation_is_of_a_layer():
     few = {"max_weight_without_sink": lambda n: 0.99 if n > 350 else 0.3}
     contexts = [256] * 13 + [360] * 3  # 19 % of the rows
