@@ -150,7 +150,9 @@ class Persistence:
     """Which places stay past a limit, and moved there.
 
     Healthy heads are often extreme from the start: an alert wants `patience` measurements on end
-    past its limit, and a change against the first one. NaN is no measurement.
+    past its limit, and a change against the first one. After as many within the limit the last of
+    them takes the place of the first if it is better: all heads of a new model disperse, and one
+    that does so again later has changed. NaN is no measurement.
 
     Args:
         patience: measurements on end.
@@ -162,6 +164,7 @@ class Persistence:
         self.patience = patience
         self._first: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
+        self._well: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, past: Tensor, moved: float | None = 0.1) -> Tensor:
         """Add a measurement of a name; values of any one shape.
@@ -177,24 +180,27 @@ class Persistence:
         """
         value = value.detach().double().cpu()
         known, past = ~value.isnan(), past.cpu()
-        first = self._first.get(name, value)
-        self._first[name] = first = torch.where(first.isnan(), value, first)
-        held = self._held.get(name, torch.zeros(value.shape, dtype=torch.int64))
+        none = torch.zeros(value.shape, dtype=torch.int64)
+        held, well = self._held.get(name, none), self._well.get(name, none)
         self._held[name] = held = torch.where(known, (held + 1) * past, held)
+        self._well[name] = well = torch.where(known, (well + 1) * ~past, well)
+        sign = math.copysign(1.0, moved or 1.0)
+        first = self._first.get(name, value)
+        better = (well == self.patience) & (sign * (first - value) > 0)
+        self._first[name] = first = torch.where(first.isnan() | better, value, first)
         long = known & (held >= self.patience)
-        if moved is None:
-            return long
-        return long & ((value - first) * math.copysign(1.0, moved) >= abs(moved))
+        return long if moved is None else long & (sign * (value - first) >= abs(moved))
 
     def held(self, name: str) -> Tensor:
         """int64: measurements on end that each place is past the limit by now."""
         return self._held[name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "held": self._held}
+        return {"first": self._first, "held": self._held, "well": self._well}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first, self._held = dict(state_dict["first"]), dict(state_dict["held"])
+        self._well = dict(state_dict["well"])
 
 
 def places_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -11,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lit_sparse.budget import Budget
 from lit_sparse.callbacks.collapse import CollapseMonitor
-from lit_sparse.callbacks.common import add_figure, sparse_models
+from lit_sparse.callbacks.common import add_figure, sparse_models, writers
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
@@ -54,7 +55,8 @@ class Cockpit(Callback):
         self._drawn = ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(getattr(logger, "_default_hp_metric", False) for logger in trainer.loggers):
+        # The logger of a fast_dev_run has every attribute, and all are true.
+        if any(getattr(logger, "_default_hp_metric", False) is True for logger in trainer.loggers):
             rank_zero_warn(
                 "Cockpit: give the TensorBoardLogger default_hp_metric=False; its hp_metric takes "
                 "the place of the law and the gap under HPARAMS"
@@ -62,7 +64,7 @@ class Cockpit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._arranged:
-            for writer in _writers(trainer):
+            for writer in writers(trainer, "add_custom_scalars"):
                 writer.add_custom_scalars(layout(trainer))
             self._arranged = True
         plugin = _find(trainer, SparseAttention)
@@ -80,20 +82,19 @@ class Cockpit(Callback):
         if (text := json.dumps(key)) == self._drawn:
             return
         self._drawn = text
-        if not _writers(trainer):
-            return
         shown = base if law.budget in known else law.budget
-        figure = law_figure(
+        draw = partial(
+            law_figure,
             Law(shown, law.layers, law.block, law.tile, law.score),
             stages,
             max((stage.length for stage in stages), default=model.config.max_position_embeddings),
             factor=factor,
             groups=model.config.num_attention_heads // model.config.num_key_value_heads,
         )
-        add_figure(trainer, "curriculum/law", figure)
+        add_figure(trainer, "curriculum/law", draw)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for writer in _writers(trainer):
+        for writer in writers(trainer, "add_custom_scalars"):
             for summary in _row(_hyperparameters(trainer, pl_module, self._base)):
                 writer._get_file_writer().add_summary(summary)
 
@@ -220,14 +221,6 @@ def _row(hyperparameters: dict[str, str | float]) -> Iterator[Any]:
         # A map has no order: a continued run must write the same bytes.
         plugin.content = data.SerializeToString(deterministic=True)
         yield summary
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    """The TensorBoard writers of the first rank; none elsewhere."""
-    if not trainer.is_global_zero:
-        return []
-    found = (getattr(logger, "experiment", None) for logger in trainer.loggers)
-    return [writer for writer in found if hasattr(writer, "add_custom_scalars")]
 
 
 def _find(trainer: Trainer, kind: type) -> Any:

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from lit_sparse.callbacks.alerts import Alarm, Reaction
 from lit_sparse.callbacks.collapse_metrics import head_metrics, row_metrics, spread
 from lit_sparse.callbacks.collapse_rules import CollapseLimits, CollapseRules
-from lit_sparse.callbacks.common import add_figure, add_histogram
-from lit_sparse.callbacks.heatmap import heat_maps
+from lit_sparse.callbacks.common import add_histogram
 from lit_sparse.callbacks.projection_gradients import (
     gradients_are_whole,
     projection_gradients,
@@ -96,7 +95,8 @@ class CollapseMonitor(SampledAttentionMonitor):
         for name in _BY_LAYER:
             for layer, value in zip(sample.layers, heads[name], strict=True):
                 values[f"collapse_by_layer/{name}_{layer:02d}"] = value.nanmean()
-        pl_module.log_dict(values)
+        # One row alone has no rank residual.
+        pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()})
         for name in _HISTOGRAMS:
             add_histogram(trainer, f"collapse_rows/{name}", rows[name])
         self._average.add({name: heads[name] for name in _PANELS})
@@ -110,33 +110,36 @@ class CollapseMonitor(SampledAttentionMonitor):
     ) -> None:
         if trainer.global_step % self.settings.every_n_steps:
             return
-        found = projection_gradients(pl_module) if gradients_are_whole(trainer) else {}
-        for name, norms in found.items():
+        if not gradients_are_whole(trainer):
+            if not self._said_invisible:
+                self._said_invisible = True
+                rank_zero_warn(
+                    "CollapseMonitor: this rank has no whole gradients of the query and key "
+                    f"projections (they are sharded by {type(trainer.strategy).__name__}), so "
+                    "their norms are not logged"
+                )
+            return
+        for name, norms in projection_gradients(pl_module).items():
             if norms:
                 pl_module.log(f"collapse/{name}_grad_norm", total(norms))
             for layer, norm in norms.items():
                 pl_module.log(f"collapse_by_layer/{name}_grad_norm_{layer:02d}", norm)
-        if not any(found.values()) and not self._said_invisible:
-            self._said_invisible = True
-            rank_zero_warn(
-                "CollapseMonitor: this rank has no whole gradients of the query and key "
-                f"projections (they are sharded by {type(trainer.strategy).__name__}, or not "
-                "trained), so their norms are not logged"
-            )
 
     # -- state --
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "watched": self.watched,
             "average": self._average.state_dict(),
             "rules": self._rules.state_dict(),
             "alarm": self._alarm.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._average.load_state_dict(state_dict["average"])
-        self._rules.load_state_dict(state_dict["rules"])
         self._alarm.load_state_dict(state_dict["alarm"])
+        if state_dict["watched"] == self.watched:
+            self._average.load_state_dict(state_dict["average"])
+            self._rules.load_state_dict(state_dict["rules"])
 
     # -- the figure --
 
@@ -147,7 +150,5 @@ class CollapseMonitor(SampledAttentionMonitor):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if panels := self._average.take():
-            titles = {name.replace("_", " "): value for name, value in panels.items()}
-            title = f"Attention by layer and head, step {trainer.global_step}"
-            add_figure(trainer, "collapse/by_layer_and_head", heat_maps(titles, title))
+        panels = {name.replace("_", " "): x for name, x in self._average.take().items()}
+        self.draw(trainer, "collapse/by_layer_and_head", "Attention by layer and head", panels)

@@ -169,7 +169,9 @@ class CollapseRules:
         trace = heads["jacobian_trace_without_sink"].nanmean(1, keepdim=True)
         saturated = (share > limits.saturated_rows) | (trace < limits.jacobian_trace)
         # The best head: it says what the layer's norms and caps allow.
-        margin = heads["range_margin"].nan_to_num(-torch.inf).amax(1, keepdim=True)
+        margin = heads["range_margin"]
+        best = margin.nan_to_num(-torch.inf).amax(1, keepdim=True)
+        margin = torch.where(margin.isnan().all(1, keepdim=True), torch.nan, best)
         # A young model's range still rises.
         settled = torch.stack(
             [

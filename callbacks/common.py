@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
@@ -44,27 +44,36 @@ def datamodule_of(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def add_figure(trainer: Trainer, name: str, figure: Figure) -> None:
-    """Show a figure in every logger that can (TensorBoard)."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_figure"):
+def writers(trainer: Trainer, method: str) -> list[Any]:
+    """What the loggers of the first rank write with, if it has a method (TensorBoard's have); none
+    on other ranks, and none in a `fast_dev_run`, whose logger has every method and writes nothing.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return []
+    found = (getattr(logger, "experiment", None) for logger in trainer.loggers)
+    return [writer for writer in found if hasattr(writer, method)]
+
+
+def add_figure(trainer: Trainer, name: str, draw: Callable[[], Figure]) -> None:
+    """Show a figure in every logger that can (TensorBoard); where none can it is not drawn."""
+    if experiments := writers(trainer, "add_figure"):
+        figure = draw()
+        for experiment in experiments:
             experiment.add_figure(name, figure, trainer.global_step, close=False)
 
 
 def add_text(trainer: Trainer, name: str, text: str) -> None:
     """Show a Markdown text in every logger that can (TensorBoard)."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_text"):
-            experiment.add_text(name, text, trainer.global_step)
+    for experiment in writers(trainer, "add_text"):
+        experiment.add_text(name, text, trainer.global_step)
 
 
 def add_histogram(trainer: Trainer, name: str, values: Tensor) -> None:
-    """Show the distribution of values, NaN left out, in every logger that can (TensorBoard)."""
+    """Show the distribution of values in every logger that can (TensorBoard), NaN and infinities
+    left out.
+    """
     known = values.detach().flatten()
-    known = known[~torch.isnan(known)]
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and len(known) and hasattr(experiment, "add_histogram"):
+    known = known[known.isfinite()]
+    if len(known):
+        for experiment in writers(trainer, "add_histogram"):
             experiment.add_histogram(name, known, trainer.global_step)

@@ -69,4 +69,6 @@ def is_stage_end(trainer: Trainer) -> bool:
     step = trainer.global_step
     if curriculum is not None and step in curriculum.ends:
         return True
-    return step >= trainer.estimated_stepping_batches
+    # Not estimated_stepping_batches: for a stream without a length that is max_steps, -1 for none.
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return step == trainer.max_steps or (last_epoch and trainer.is_last_batch)

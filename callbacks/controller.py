@@ -106,7 +106,7 @@ class BudgetController(SampledAttentionMonitor):
         if not len(tau):
             return
         counted = tau[grows] if grows.any() else tau
-        p95 = float(counted.double().quantile(0.95))
+        p95 = float(counted.double().nanquantile(0.95))
         model = sparse_models(pl_module)[0]
         pl_module.log_dict(
             {

@@ -103,7 +103,7 @@ class DenseComparison:
         args, kwargs, sparse = call
         with trainer.precision_plugin.forward_context():
             with dense_attention(model):
-                dense = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+                dense = model.base_model(*args, **{**kwargs, "use_cache": False})[0]
             tokens = _tokens(_named(model.base_model, args, kwargs), sparse, labels, batch)
             places, targets = tokens.places.to(sparse.device), tokens.targets.to(sparse.device)
             sparse, dense = (x.flatten(0, 1)[places] for x in (sparse, dense))
@@ -130,7 +130,7 @@ class DenseComparison:
 
     def _remember_call(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if self._call is None and kwargs.get("past_key_values") is None:
-            self._call = (args, kwargs, output.last_hidden_state.detach())
+            self._call = (args, kwargs, output[0].detach())
 
     def _remember_labels(self, module: Any, args: tuple, kwargs: dict) -> None:
         if self._call is None:

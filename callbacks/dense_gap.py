@@ -14,10 +14,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_sparse.callbacks.alerts import Alarm, Alert, Place
-from lit_sparse.callbacks.common import add_figure, add_histogram, sparse_models
+from lit_sparse.callbacks.common import add_histogram, sparse_models
 from lit_sparse.callbacks.compare_schedule import CompareSchedule
 from lit_sparse.callbacks.dense_comparison import DenseComparison, Gap
-from lit_sparse.callbacks.heatmap import heat_maps
 from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor, log2_bucket
 from lit_sparse.callbacks.sampler import Sample
 from lit_sparse.callbacks.signatures import GrowingGap, PersistentError, PersistentGap
@@ -236,10 +235,8 @@ class DenseGapMonitor(SampledAttentionMonitor):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        panels = {name: x for name, x in self._average.take().items() if not x.isnan().all()}
-        if panels and trainer.loggers and trainer.is_global_zero:
-            figure = heat_maps(panels, f"Gap to dense attention, step {trainer.global_step}")
-            add_figure(trainer, "gap/by_layer_and_head", figure)
+        panels = self._average.take()
+        self.draw(trainer, "gap/by_layer_and_head", "Gap to dense attention", panels)
 
     # -- state --
 
@@ -254,11 +251,13 @@ class DenseGapMonitor(SampledAttentionMonitor):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"watched": self.watched, **parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self._parts().items():
-            part.load_state_dict(state_dict[name])
+            if name != "average" or state_dict["watched"] == self.watched:
+                part.load_state_dict(state_dict[name])
 
 
 def _buckets(sample: Sample) -> Tensor:

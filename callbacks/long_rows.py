@@ -20,11 +20,11 @@ class LongRows:
     """Holds the longest rows of a head against its shorter ones, and against those before a longer
     stage.
 
-    The longest rows are those of the largest power of two that any row has had so far; shorter
-    ones have a quarter of it at most. A head is past the limit if for `patience` measurements its
-    longest rows are below it, and either shorter rows are not, by `APART` or more, and the longest
-    were not at first; or the longest rows before the contexts grew were not, and they have been
-    since.
+    The longest rows see more than the largest power of two that a few rows (4) of one measurement
+    have seen more than so far: a single long row starts no stage. Shorter ones see half of it at
+    most. A head is past the limit if for `patience` measurements its longest rows are below it, and
+    either shorter rows are not, by `APART` or more, and the longest were not at first; or the
+    longest rows before the contexts grew were not, and they have been since.
 
     Args:
         limit: of a ratio in [0, 1] that is 0 in a collapse.
@@ -43,13 +43,18 @@ class LongRows:
         """context int64 [R], near [R, H], of one measurement -> bool [H], where a head collapses at
         length by now, and [H], `near` of its longest rows.
         """
-        bucket = log2_bucket(context)
-        if (longest := int(bucket.max())) > self._longest.get(layer, 0):
+        nowhere = torch.zeros(near.shape[1], dtype=torch.bool)
+        if len(near) < _LEAST_ROWS:
+            return nowhere, near.double().mean(0)
+        # The last row of a document of 2^i tokens belongs to the rows before it.
+        bucket = log2_bucket((context - 1).clamp(min=1))
+        longest = int(bucket.sort(descending=True).values[:_LEAST_ROWS][-1])
+        if longest > self._longest.get(layer, 0):
             if layer in self._last:
                 self._before[layer] = self._last[layer]
             self._longest[layer], self._since[layer] = longest, 0
-        rows = near[bucket == self._longest[layer]].double()
-        value, nowhere = rows.mean(0), torch.zeros(near.shape[1], dtype=torch.bool)
+        rows = near[bucket >= self._longest[layer]].double()
+        value = rows.mean(0)
         if len(rows) < _LEAST_ROWS:
             return nowhere, value
         self._last[layer] = value

@@ -80,8 +80,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def gradient_norm(module: nn.Module) -> Tensor:
     """L2 norm of all gradients, 0 where there are none; not finite if one of them is not."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.get_total_norm([values for _, values in _gradients(module)])
 
 
 def last_bad_gradient(module: nn.Module) -> str | None:
@@ -90,7 +89,14 @@ def last_bad_gradient(module: nn.Module) -> str | None:
     Backward runs from the last layer to the first: that is where it came up.
     """
     found = None
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+    for name, values in _gradients(module):
+        if not bool(values.isfinite().all()):
             found = name
     return found
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name of a parameter and its gradient's values, those of a sparse one (embeddings) too."""
+    for name, parameter in module.named_parameters():
+        if (gradient := parameter.grad) is not None:
+            yield name, gradient.coalesce().values() if gradient.is_sparse else gradient

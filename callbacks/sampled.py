@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_sparse.callbacks.common import sparse_models
+from lit_sparse.callbacks.common import add_figure, sparse_models
+from lit_sparse.callbacks.heatmap import heat_maps
 from lit_sparse.callbacks.sampler import Moment, Sample, Settings, layers_and_heads, sampler_of
 
 
@@ -17,11 +19,11 @@ class SampledAttentionMonitor(Callback):
     """Watches the attention of training steps without changing them.
 
     In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys
-    and values are observed where they pass, detached, and `rows` query rows of them are compared
-    with their whole context. Rows come from a generator of their own, seeded by the step, so that
-    the run is bitwise the same with and without a monitor, and resumes exactly. Monitors with the
-    same settings share the measurement. Under several ranks each samples its share, and all get the
-    rows of all.
+    and values are observed where they pass (the first time in the step), detached, and `rows` query
+    rows of them are compared with their whole context. Rows come from a generator of their own,
+    seeded by the step, so that the run is bitwise the same with and without a monitor, and resumes
+    exactly. Monitors with the same settings share the measurement. Under several ranks each samples
+    its share, and all get the rows of all.
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -67,10 +69,24 @@ class SampledAttentionMonitor(Callback):
         )
         self._moment: Moment | None = None
 
+    @property
+    def watched(self) -> list[list[int] | None]:
+        """Layers and heads, None for all: what is kept by layer and head holds only for these."""
+        chosen = (self.settings.layers, self.settings.heads)
+        return [None if numbers is None else list(numbers) for numbers in chosen]
+
     def finish(self, trainer: Trainer, pl_module: LightningModule, sample: Sample) -> None:
         """What a monitor does with a measured step; called on every rank with the same sample, at
         the end of the step's first micro-batch.
         """
+
+    def draw(self, trainer: Trainer, tag: str, title: str, panels: Mapping[str, Tensor]) -> None:
+        """A figure of values by layer and head, [layers, heads] each; all-NaN ones are left out."""
+        real = {name: value for name, value in panels.items() if not value.isnan().all()}
+        if real:
+            numbers = {"layers": self.settings.layers, "heads": self.settings.heads}
+            title = f"{title}, step {trainer.global_step}"
+            add_figure(trainer, tag, partial(heat_maps, real, title, **numbers))
 
     # -- Lightning --
 

@@ -43,9 +43,9 @@ class Sample:
     one model have the same rows.
     """
     similarity: Mapping[int, Tensor]
-    """Layer number -> float32 [2, H]: how alike the outputs of a head are in the sampled rows.
-    ||X - mean|| / ||X|| (the rank residual; 0 where all rows get the same), and the mean cosine of
-    two of them.
+    """Layer number -> float32 [2, H]: how alike a head's outputs are in sampled rows, mean over
+    ranks, each with as many rows as `layers` has of all. ||X - mean|| / ||X|| (the rank residual; 0
+    where all rows get the same), and the mean cosine of two of them; NaN of a single row.
     """
     heads: tuple[int, ...]
     """Number of each of the H query heads; NaN stands for those that a layer lacks."""
@@ -122,6 +122,8 @@ class Sampler:
             scale: float,
             documents: Any,
         ) -> None:
+            if first + layer in self._rows:
+                return  # of several calls in a step (a generation behind it) the first one counts
             # The same rows in every layer: what differs between two of them is the layer.
             generator = torch.Generator().manual_seed(seed)
             rows = sample_rows(selection.plan, share, generator, chosen.min_context)
@@ -129,6 +131,9 @@ class Sampler:
                 return
             found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse, heads=heads)
             self._rows[first + layer] = found
+            # As many as `rows` on each rank: a share may be one row, which is alike to nothing.
+            generator.manual_seed(seed)
+            rows = sample_rows(selection.plan, chosen.rows, generator, chosen.min_context)
             self._similarity[first + layer] = _similarity(out[rows.to(out.device)][:, heads])
             self._budgets[first + layer] = budget_of(model, layer)(found.context)
 
@@ -193,10 +198,12 @@ def _heads_of(model: Any, chosen: tuple[int, ...] | None) -> list[int]:
 
 def _similarity(x: Tensor) -> Tensor:
     """x [R, H, D] -> float32 [2, H], see `Sample.similarity`."""
+    if len(x) < 2:
+        return x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float32)
     x = x.float()
     tiny = torch.finfo(x.dtype).tiny
     spread = (x - x.mean(0)).square().sum((0, 2)) / x.square().sum((0, 2)).clamp(min=tiny)
     unit = x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
-    pairs = max(len(x) * (len(x) - 1), 1)
+    pairs = len(x) * (len(x) - 1)
     cosine = (unit.sum(0).square().sum(-1) - unit.square().sum((0, 2))) / pairs
     return torch.stack([spread.sqrt(), cosine])

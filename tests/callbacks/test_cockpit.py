@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,11 +23,12 @@ from lit_sparse.callbacks import (
     RunCheckpoint,
     SparseAttention,
     Throughput,
+    cockpit,
 )
 from lit_sparse.callbacks.cockpit import METRICS, layout
 from lit_sparse.callbacks.law_figure import law_figure
 from lit_sparse.data import PackedTextDataModule
-from lit_sparse.models import Law
+from lit_sparse.models import Law, build_model
 from lit_sparse.training import SparseLM, Stage
 from lit_sparse.training.checkpoint import own_state, rewind_events
 
@@ -186,6 +187,38 @@ def test_a_logger_that_takes_the_row_is_warned_of(tmp_path):
     trainer = Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False)
     with pytest.warns(UserWarning, match="default_hp_metric=False"):
         Cockpit().on_fit_start(trainer, None)
+
+
+class OneModel(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = build_model(architecture=ARCHITECTURE)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_trial_of_one_step_and_other_loggers_get_no_figure(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(cockpit, "law_figure", lambda *_, **__: pytest.fail("drawn"))
+    tokens = torch.utils.data.DataLoader(torch.randint(257, (2, 1, 64)), batch_size=None)
+    for options in (
+        {"fast_dev_run": True, "logger": TensorBoardLogger(tmp_path, default_hp_metric=False)},
+        {"max_steps": 1, "logger": CSVLogger(tmp_path)},
+    ):
+        trainer = Trainer(
+            accelerator="cpu",
+            callbacks=[SparseAttention(LAW), Cockpit()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )
+        trainer.fit(OneModel(), tokens)
+        assert trainer.global_step == 1
+    assert not [w for w in recwarn if "hp_metric" in str(w.message)]
 
 
 # -- the figure of the law --

@@ -157,6 +157,14 @@ def test_a_head_that_a_layer_lacks_is_left_out():
     assert float(module.logged["collapse_by_layer/rank_residual_02"]) == pytest.approx(0.8)
 
 
+def test_one_row_alone_logs_no_rank_residual():
+    alone = dict.fromkeys([(layer, head) for layer in LAYERS for head in HEADS], (math.nan,) * 2)
+    module, monitor = Empty(), CollapseMonitor()
+    monitor.finish(Trainer(logger=False, accelerator="cpu"), module, make({}, alone))
+    assert not [name for name in module.logged if "rank_residual" in name or "cosine" in name]
+    assert float(module.logged["collapse/sink_mass"]) == pytest.approx(0.1)
+
+
 # -- alerts --
 
 CASES = {
@@ -184,6 +192,14 @@ def test_a_failure_of_one_head_is_raised_there_when_it_persists(kind):
     assert feed([make(), bad, bad, make(), bad, bad])[0] == set()
     # As it was at the first measurement, as healthy sharp heads are.
     assert feed([bad] * 6)[0] == set()
+
+
+def test_a_new_models_heads_disperse_when_they_were_sharper_for_a_while():
+    even = {"entropy": 5.5, "entropy_without_sink": 5.5}
+    new, trained = make({(layer, head): even for layer in LAYERS for head in HEADS}), make()
+    again = make({(5, 4): even})
+    assert feed([new, new, *[trained] * 3, *[again] * 3])[0] == {("dispersion", 5, 4)}
+    assert feed([new, new, *[trained] * 2, *[again] * 3])[0] == set()
 
 
 def test_saturation_is_of_a_layer():
@@ -247,6 +263,12 @@ def test_a_logit_range_that_cannot_hold_the_mass_is_told_by_layer():
     assert feed([make({(2, h): {"logit_range": 0.1} for h in HEADS}, budget=256)] * 4)[0] == set()
 
 
+def test_a_layer_without_numbers_is_no_alert():
+    nan = dict.fromkeys(HEALTHY, math.nan)
+    diverged = make({(2, head): nan for head in HEADS})
+    assert feed([make(), *[diverged] * 5])[0] == set()
+
+
 VARIED = [64, 100, 128, 200, 255, 300] + [2048, 3000, 3500, 4000] * 2
 
 
@@ -260,6 +282,17 @@ def test_a_collapse_of_the_longest_rows_alone_is_one_of_length(failure):
     assert places == {("long_context_collapse", 2, 6)}
     assert f"{failure} of the longest rows" in alert.what
     assert feed([bad] * 5)[0] == set()  # from the first measurement
+
+
+def test_a_few_rows_that_are_longer_than_the_rest_hide_no_collapse_of_length():
+    at_length = {"entropy_without_sink": lambda n: 0.1 if n >= 2048 else 2.8}
+    # The last row of a document of 4096 tokens, and three of a longer one.
+    rare = [*VARIED[:-4], 4096, 5000, 6000, 9000]
+    samples = [make(contexts=rare), *[make({(2, 6): at_length}, contexts=VARIED)] * 3]
+    assert feed(samples)[0] == {("long_context_collapse", 2, 6)}
+    exact = [*VARIED[:-4], *[4096] * 4]
+    samples = [make(contexts=exact), *[make({(2, 6): at_length}, contexts=VARIED)] * 3]
+    assert feed(samples)[0] == {("long_context_collapse", 2, 6)}
 
 
 def test_a_collapse_that_begins_with_longer_contexts_is_one_of_length():
@@ -290,6 +323,26 @@ def test_a_resumed_monitor_goes_on_where_it_was(tmp_path):
         parts.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert found == sorted(expected)  # each once
     torch.testing.assert_close(whole._average.take(), parts._average.take(), rtol=0, atol=0)
+
+
+def test_a_run_resumed_with_other_heads_begins_anew_for_them():
+    before = CollapseMonitor(patience=2)
+    feed([make(), make({(5, 4): {"logit_max": 70.0}})], before)
+    after = CollapseMonitor(patience=2, heads=[4, 6])
+    after.load_state_dict(before.state_dict())
+
+    def chosen(changes=None):
+        sample = make(changes)
+        rows = {
+            layer: RowStatistics(s.context, **{name: getattr(s, name)[:, 1:] for name in HEALTHY})
+            for layer, s in sample.layers.items()
+        }
+        similarity = {layer: pair[:, 1:] for layer, pair in sample.similarity.items()}
+        return Sample(rows, similarity, (4, 6), sample.budgets)
+
+    bad = chosen({(5, 6): {"logit_max": 70.0}})
+    assert feed([chosen(), bad, bad], after)[0] == {("large_logits", 5, 6)}
+    assert after._average.take()["logit_max"].shape == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -417,3 +470,6 @@ def test_gradients_that_are_not_whole_are_said_once_and_not_logged(architecture)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor.on_before_optimizer_step(trainer, module, None)
+        # Those that FiniteGuard has thrown away are none, but not for being sharded.
+        trainer.strategy = None
+        _monitor().on_before_optimizer_step(trainer, module, None)

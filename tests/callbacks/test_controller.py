@@ -147,6 +147,23 @@ def test_rows_that_keep_all_do_not_count(architecture, recwarn):
     assert not [w for w in recwarn if "BudgetController" in str(w.message)]
 
 
+class TwoModels(Module):
+    def __init__(self, architecture):
+        super().__init__(architecture)
+        self.small = Module({**architecture, "num_attention_heads": 2}).model
+
+    def training_step(self, batch, batch_idx):
+        ids = torch.randint(257, (1, 256))
+        return super().training_step(batch, batch_idx) + self.small(input_ids=ids, labels=ids).loss
+
+
+def test_models_of_different_numbers_of_heads_count_together(architecture):
+    controller, watch = _controller(patience=1), Watch()
+    _trainer(controller, 2, callbacks=[watch]).fit(TwoModels(architecture), range(2))
+    assert watch.seen[0][3]["controller/missed_mass_p95"] > 0.6
+    assert watch.factors[-1] > 1
+
+
 def test_the_micro_batches_of_a_step_obey_one_law(architecture):
     _, watch = _fit(architecture, _controller(patience=1), 3, accumulate_grad_batches=2)
     assert watch.factors[0::2] == watch.factors[1::2]

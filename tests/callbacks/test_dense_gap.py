@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from monitored import Module, Recorder, batches, gap_metrics, make_trainer, sparse
 
 from lit_sparse import sparsify
-from lit_sparse.callbacks import ContextCurriculum, DenseGapMonitor, dense_gap
+from lit_sparse.callbacks import ContextCurriculum, DenseGapMonitor, sampled
 from lit_sparse.callbacks.compare_schedule import SHARE, CompareSchedule
 from lit_sparse.callbacks.dense_comparison import IGNORED, DenseComparison
 from lit_sparse.callbacks.heatmap import heat_maps
@@ -145,6 +145,7 @@ def test_the_comparison_is_that_of_single_documents(model, padding):
         batch = {
             "input_ids": torch.stack([F.pad(ids, pad, value=5) for ids, pad in pairs]),
             "attention_mask": torch.stack([F.pad(ids * 0 + 1, pad) for ids, pad in pairs]),
+            "return_dict": padding == "left",  # or a tuple
         }
         if padding == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -237,6 +238,10 @@ def test_two_ranks_measure_together(two_ranks):
         assert len(context) == 10  # 9 rows asked for: 5 of each rank
         assert context[:5] != context[5:]
         assert len(tau[0]) == 10
+    context, (residual, cosine) = first["few"]
+    assert len(context) == 2
+    assert all(0.1 < x < 1 for x in residual)  # of two rows on each rank: one gives 0
+    assert all(abs(x) < 1 for x in cosine)
     # Lightning deals the four rows out to the ranks: all of them were compared.
     trainer = make_trainer([DenseGapMonitor(validation_batches=4), sparse()])
     trainer.validate(Module(), batches(4), verbose=False)
@@ -269,10 +274,19 @@ def test_an_interval_counts_validations_and_stage_ends_always_compare():
     assert monitor.steps == [4, 5, 8, 12, 14]
 
 
-def test_without_a_curriculum_the_last_validation_compares():
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        return iter(batches(3, (40,)).dataset)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_a_curriculum_the_last_validation_compares(stream):
     monitor = Compared(compare_every=100)
     trainer = make_trainer([monitor, sparse()], max_epochs=2, num_sanity_val_steps=1)
-    trainer.fit(Module(num_hidden_layers=1), batches(3, (40,)), batches(1, (40,)))
+    rows = torch.utils.data.DataLoader(Stream(), batch_size=None) if stream else batches(3, (40,))
+    trainer.fit(Module(num_hidden_layers=1), rows, batches(1, (40,)))
     assert monitor.steps == [6]
 
 
@@ -327,14 +341,15 @@ def test_auto_spends_its_share_of_the_time(monkeypatch):
 
 def test_tensorboard_shows_figure_and_histograms(tmp_path, monkeypatch):
     logger = TensorBoardLogger(tmp_path, version="")
-    monitor = DenseGapMonitor(every_n_steps=2, min_context=8)
+    monitor = DenseGapMonitor(every_n_steps=2, min_context=8, heads=[1, 3])
     trainer = make_trainer([monitor, sparse()], logger=logger)
     drawn = []
-    monkeypatch.setattr(
-        dense_gap,
-        "heat_maps",
-        lambda panels, title: drawn.append(panels) or heat_maps(panels, title),
-    )
+
+    def draw(panels, title, **numbers):
+        drawn.append((panels, numbers))
+        return heat_maps(panels, title, **numbers)
+
+    monkeypatch.setattr(sampled, "heat_maps", draw)
     trainer.fit(Module(), batches(4), batches(1))
     events = EventAccumulator(trainer.log_dir, size_guidance={"images": 0, "histograms": 0})
     tags = events.Reload().Tags()
@@ -343,10 +358,11 @@ def test_tensorboard_shows_figure_and_histograms(tmp_path, monkeypatch):
         tags["histograms"]
     )
     (histogram, _) = events.Histograms("gap_rows/missed_mass")
-    assert histogram.histogram_value.num == 2 * 64 * 4
-    (panels,) = drawn
+    assert histogram.histogram_value.num == 2 * 64 * 2
+    ((panels, numbers),) = drawn
+    assert numbers == {"layers": None, "heads": (1, 3)}
     assert set(panels) == {"missed mass", "output error", "recall"}
-    assert panels["missed mass"].shape == (2, 4)
+    assert panels["missed mass"].shape == (2, 2)
     assert not any(tag.startswith("alerts/") for tag in tags["tensors"])
 
 

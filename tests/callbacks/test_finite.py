@@ -10,7 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_sparse import Budget
 from lit_sparse.callbacks import FiniteGuard, SparseAttention
-from lit_sparse.callbacks.not_finite import OutputWatch, last_bad_gradient, watched_layers
+from lit_sparse.callbacks.not_finite import (
+    OutputWatch,
+    gradient_norm,
+    last_bad_gradient,
+    watched_layers,
+)
 from lit_sparse.models import build_model
 
 
@@ -240,6 +245,17 @@ def test_a_compiled_model_is_watched_in_one_graph():
     layers[1].weight.data[0, 0] = math.nan
     compiled(torch.ones(2, 3))
     assert watch.first_bad() == "1"
+
+
+def test_sparse_gradients_are_looked_at_too():
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1, 1, 3])).sum().backward()
+    assert float(gradient_norm(table)) == pytest.approx(math.sqrt(2 * 2**2 + 2))
+    assert last_bad_gradient(table) is None
+    table.zero_grad()
+    (table(torch.tensor([1, 3])) * math.nan).sum().backward()
+    assert gradient_norm(table).isnan()
+    assert last_bad_gradient(table) == "weight"
 
 
 def test_a_norm_that_overflows_is_no_alert():

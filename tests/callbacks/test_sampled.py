@@ -126,6 +126,20 @@ def test_several_models_are_numbered_through():
     assert alone.stack("tau")[0, :, 1].isnan().all()
 
 
+class Generating(Module):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.model.generate(batch["input_ids"][:, :60], max_new_tokens=2, do_sample=False)
+        return loss
+
+
+def test_what_a_step_generates_besides_is_not_measured():
+    plain, besides = Recorder(), Recorder()
+    fit(Module(), plain, count=1)
+    fit(Generating(), besides, count=1)
+    assert torch.equal(plain.samples[0][1].stack("tau"), besides.samples[0][1].stack("tau"))
+
+
 def test_rows_without_enough_context_are_no_sample():
     recorder = Recorder(min_context=161)
     fit(Module(), recorder, count=1)
@@ -135,6 +149,10 @@ def test_rows_without_enough_context_are_no_sample():
     ((_, sample),) = short.samples
     assert sample.layers[0].context.tolist() == [159, 160]
     assert sample.budgets[0].tolist() == [80, 80]
+    assert sample.similarity[0].isfinite().all()
+    one = Recorder(min_context=160)
+    fit(Module(), one, count=1)
+    assert one.samples[0][1].similarity[0].isnan().all()  # not: as alike as can be
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,15 @@ def measure(rank: int) -> dict[str, Any]:
     trainer.validate(module, batches(4), verbose=False)
     before = gap_metrics(trainer)
     trainer = make_trainer([monitor, sparse()], **RANKS)
+    few = Recorder(every_n_steps=2, rows=2, min_context=8)  # one of each rank
+    trainer.callbacks.append(few)
     trainer.fit(module, batches(4), batches(4))
     return {
         "validated": before,
         "trained": gap_metrics(trainer),
         "context": [sample.layers[1].context.tolist() for sample in monitor.samples],
         "tau": [sample.stack("tau").tolist() for sample in monitor.samples],
+        "few": [few.samples[0].layers[0].context.tolist(), few.samples[0].similarity[0].tolist()],
         "cosine": [sample.similarity[0].tolist() for sample in monitor.samples],
     }
 
