@@ -74,6 +74,8 @@ class HeadFits:
     """The form of least BIC, of `forms.FORMS`."""
     misfit: Tensor
     """BIC of the power law - that of the best form; above 6 is strong evidence against it."""
+    linear_gain: Tensor
+    """BIC of the power law - that of the linear form."""
     logit_range: Tensor
     """Mean range of the rest's logits at n_ref, in nats."""
     logit_range_slope: Tensor
@@ -106,8 +108,9 @@ class HeadFits:
     def verdict(self) -> list[list[Verdict]]:
         """Of every head, the first that holds:
 
-        - "proportional": C is .9 or more, or a proportional form is the best one, C .8 or more,
-          and .9 within its interval;
+        - "proportional": C is .9 or more; or a proportional form is the best one, C .8 or more, and
+          .9 within its interval; or the linear form is much better than the power law, as where
+          keys that are always kept hide that the need of the others is in proportion;
         - "no power law": C changes by more than .3 over the measured contexts, or a curve that is
           none is much better;
         - "constant": the best form is;
@@ -124,7 +127,8 @@ class HeadFits:
         exponent, high = float(self.exponent[layer, head]), float(self.exponent_high[layer, head])
         # Short rows scatter more, so that their upper quantile hides a part of what C should be.
         likely = model in ("linear", "gaussian") and exponent >= _NEARLY and high >= PROPORTIONAL
-        if exponent >= PROPORTIONAL or likely:
+        certain = self.linear_gain[layer, head] > _STRONG
+        if exponent >= PROPORTIONAL or likely or certain:
             return "proportional"
         if bent or (model in ("log", "gaussian") and self.misfit[layer, head] > _STRONG):
             return "no power law"
@@ -201,7 +205,7 @@ def fit_heads(
 
     curvature = _curvatures(x, y, torch.cat([torch.ones(1, len(x)), drawn]).double())
     ranges = by_head(needs.logit_range)
-    bic = _by_document(needs, x, y, by_head(needs.logit_std), log_n.mean())
+    bic = _by_document(needs, which, x, y, by_head(needs.logit_std), log_n.mean())
     best = bic.argmin(0)
     return HeadFits(
         n_ref=n_ref,
@@ -217,6 +221,7 @@ def fit_heads(
         curvature_error=standard_error(curvature[1:], documents).view(shape),
         model=[[FORMS[i] for i in layer] for layer in best.view(shape).tolist()],
         misfit=(bic[FORMS.index("power")] - bic.amin(0)).view(shape),
+        linear_gain=(bic[FORMS.index("power")] - bic[FORMS.index("linear")]).view(shape),
         logit_range=ranges.mean(1).view(shape),
         logit_range_slope=_slope(x, ranges).view(shape),
         which=which,
@@ -289,9 +294,12 @@ def _curvatures(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return 2 * math.log(2) * (inverse @ (weighted @ y.T))[:, 2]
 
 
-def _by_document(needs: Needs, x: Tensor, y: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
+def _by_document(
+    needs: Needs, which: str, x: Tensor, y: Tensor, sigma: Tensor, mean: Tensor
+) -> Tensor:
     """`compare_forms` of the documents' means."""
     documents, member = needs.document.unique(return_inverse=True)
     share = torch.nn.functional.one_hot(member, len(documents)).double()
     share /= share.sum(0)
-    return compare_forms(x @ share + mean, y @ share, sigma @ share, needs.missed)
+    rest = needs.rest(which).double() @ share
+    return compare_forms(x @ share + mean, y @ share, sigma @ share, needs.missed, rest)

@@ -29,7 +29,7 @@ def test_the_form_that_made_the_needs_is_the_best(form):
     x = torch.linspace(6, 9, 32, dtype=torch.float64)
     noise = 0.03 * torch.randn(20, 32, generator=generator, dtype=torch.float64)
     sigma = (1.5 + 0.4 * (x - x.mean())).repeat(20, 1)
-    bic = compare_forms(x, _curve(form, x) + noise, sigma, 0.05)
+    bic = compare_forms(x, _curve(form, x) + noise, sigma, 0.05, x.exp())
     best = [FORMS[i] for i in bic.argmin(0).tolist()]
     assert best.count(form) >= 18, best
 
