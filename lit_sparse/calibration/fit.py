@@ -4,6 +4,7 @@ against it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from lit_sparse.calibration.needs import Needs
 from lit_sparse.calibration.quantiles import (
     quantile_lines,
     resample,
+    row_quantiles,
     standard_error,
     widening,
 )
@@ -201,7 +203,7 @@ def fit_heads(
     counted = (1 if which == "keys" else needs.block) / y.exp()
     slope_width += counted @ (-x).clamp(min=0) / x.square().sum()
     exponent = _shrink(raw.view(shape), slope_error.view(shape)).clamp(0, 1)
-    left = torch.quantile(y - exponent.reshape(-1, 1) * x, quantile, dim=1)
+    left = row_quantiles(y - exponent.reshape(-1, 1) * x, quantile)
 
     curvature = _curvatures(x, y, torch.cat([torch.ones(1, len(x)), drawn]).double())
     ranges = by_head(needs.logit_range)
@@ -234,6 +236,15 @@ def fit_heads(
     )
 
 
+def separate_lengths(lengths: Sequence[int]) -> list[int]:
+    """Of those that differ by less than a quarter the shortest; ascending."""
+    found: list[int] = []
+    for length in sorted(lengths):
+        if not found or length >= _SAME_LENGTH * found[-1]:
+            found.append(length)
+    return found
+
+
 def _contexts(n: float | Tensor) -> Tensor:
     """float64 [..., 1, 1], to stand beside layers and heads."""
     return torch.as_tensor(n, dtype=torch.float64)[..., None, None]
@@ -249,10 +260,7 @@ def _check(needs: Needs) -> int:
         )
     ends = torch.zeros(len(ids), dtype=torch.int64)
     ends = ends.scatter_reduce(0, member, needs.context, "amax")
-    lengths: list[int] = []
-    for end in ends.sort().values.tolist():
-        if not lengths or end >= _SAME_LENGTH * lengths[-1]:
-            lengths.append(end)
+    lengths = separate_lengths(ends.tolist())
     shortest, longest = int(needs.context.min()), int(needs.context.max())
     always = needs.sink + needs.local
     if shortest <= always:

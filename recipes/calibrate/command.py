@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
-from lit_sparse.calibration import choose_law, feasibility, fit_heads
+from lit_sparse.calibration import choose_law, feasibility, fit_heads, separate_lengths
 from lit_sparse.recipes.benchmark.report import BadArgument, environment
 from lit_sparse.recipes.benchmark.steps import DTYPES
 from lit_sparse.recipes.calibrate.check import obey, raised, run_check
@@ -155,10 +155,10 @@ def _check_lengths(lengths: list[int]) -> None:
     given = ",".join(map(str, lengths))
     if sorted(set(lengths)) != lengths or lengths[0] < 1:
         raise BadArgument(f"--lengths must rise, each given once, got {given}")
-    if len(lengths) < 3 or lengths[-1] < 4 * lengths[0]:
+    if len(separate_lengths(lengths)) < 3 or lengths[-1] < 4 * lengths[0]:
         raise BadArgument(
-            f"--lengths {given} is too little to fit a law: give at least three lengths, the "
-            "longest at least four times the shortest"
+            f"--lengths {given} is too little to fit a law: give at least three lengths that "
+            "differ by a quarter or more, the longest at least four times the shortest"
         )
 
 
@@ -184,10 +184,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
     missed, seed, own = round(1 - options.target_mass, 9), options.seed, selecting.budget
     needs = measure(subject, missed, options.rows, seed, say)
     say(f"fitting {needs.keys[0].numel()} heads", at_once=True)
-    try:
-        fits = fit_heads(needs, seed=seed)
-    except ValueError as error:
-        raise BadArgument(str(error)) from error
+    fits = fit_heads(needs, seed=seed)
     fitted = choose_law(
         fits,
         floor=options.floor,

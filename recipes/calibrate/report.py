@@ -273,11 +273,14 @@ def write_numbers(path: Path, result: Result) -> None:
             "needs": {
                 str(length): {
                     which: {
-                        f"p{round(100 * q)}": torch.quantile(found.float(), q, dim=0).tolist()
+                        # Layer by layer: torch.quantile refuses more than 2^24 values.
+                        f"p{round(100 * q)}": [
+                            torch.quantile(layer, q, dim=0).tolist() for layer in found.unbind(1)
+                        ]
                         for q in QUANTILES
                     }
                     for which in ("keys", "block_keys")
-                    for found in [getattr(result.needs, which)[rows]]
+                    for found in [getattr(result.needs, which)[rows].float()]
                 }
                 for length, rows in result.rows.items()
             },

@@ -113,6 +113,21 @@ def test_a_fit_repeats_and_depends_on_its_seed_only(simulate):
     assert not torch.equal(one.exponent_low, other.exponent_low)
 
 
+def test_more_values_than_quantiles_take_at_once(simulate, monkeypatch):
+    needs = simulate(lambda n: 4 * n**HALF, of_document=0.2)
+    whole, quantile = fit_heads(needs, "keys"), torch.quantile
+
+    def limited(values, *others, **keywords):
+        assert values.numel() <= 1300, "as PyTorch refuses 2^24"
+        return quantile(values, *others, **keywords)
+
+    monkeypatch.setattr(torch, "quantile", limited)
+    monkeypatch.setattr("lit_sparse.calibration.quantiles._LARGEST", 600)
+    parts = fit_heads(needs, "keys")
+    torch.testing.assert_close(parts.k_ref, whole.k_ref)
+    torch.testing.assert_close(parts.exponent, whole.exponent)
+
+
 def test_whole_blocks_widen_what_is_known(simulate):
     needs = simulate(lambda n: 4 * n**HALF)
     fine = fit_heads(needs)
