@@ -178,7 +178,10 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
         documents, lengths, options.documents, options.check_documents, options.seed
     )
     # Before the long run, so that it is not lost to a directory that cannot be written.
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"--out {options.out}: {error.strerror}") from error
 
     subject = Subject(options.model, model, selecting, texts, tokenizer)
     missed, seed, own = round(1 - options.target_mass, 9), options.seed, selecting.budget

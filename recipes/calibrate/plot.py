@@ -92,7 +92,8 @@ def _draw_laws(axes: Any, result: Result, n: Tensor) -> None:
     draw(first, "-", 2.2, f"{_formula(first)}: law of {named(drawn[first])}")
     for i, budget in enumerate(others):
         count = sum(len(drawn[other]) for other in others)
-        draw(budget, "-", 0.8, None if i else f"laws of {count} layers that need more")
+        said = "1 layer that needs" if count == 1 else f"{count} layers that need"
+        draw(budget, "-", 0.8, None if i else f"laws of {said} more")
     if last.factor != 1:
         before = result.fitted.of(drawn[first][0])
         draw(before, "--", 1.0, f"{_formula(before)}: as fitted, before the check")

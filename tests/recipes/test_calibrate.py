@@ -280,7 +280,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
     model, store = str(place / "model"), str(place / "store")
     (tmp_path / "long.txt").write_text("one long document " * 100)
     basic = ["--model", model, "--data", store, "--out", str(tmp_path / "out")]
-    small = ["--block", "8", "--tile", "8", "--sink", "8"]
+    small, few = ["--block", "8", "--tile", "8", "--sink", "8"], ["--documents", "4"]
     for arguments, message in (
         (["--data", store], "the following arguments are required: --model, --out"),
         ([*basic, "--model", str(tmp_path / "no")], "there is no directory"),
@@ -301,6 +301,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
         ([*basic, "--documents", "2"], "--documents must be >= 3, got 2"),
         ([*basic, *small, "--documents", "12"], "40 of the 44 that must have 64"),
         ([*basic, "--block", "12"], "--block must be a power of two"),
+        ([*basic, *small, *few, "--out", str(tmp_path / "long.txt")], "long.txt: File exists"),
         ([*basic, "--out", str(made[0])], "holds a calibration already (budget.yaml"),
     ):
         assert main(["calibrate", *arguments]) == 2, arguments
