@@ -126,7 +126,7 @@ def _integers(text: str) -> list[int]:
 
 def _check(options: argparse.Namespace) -> None:
     """What is wrong whatever the model and the data."""
-    if not 0 < options.target_mass < 1:
+    if not 0 < _missed(options.target_mass) < 1:
         raise BadArgument(f"--target-mass must lie between 0 and 1, got {options.target_mass:g}")
     least = {"documents": 3, "check_documents": 1, "rows": 1, "steps": 1, "prompts": 0, "seed": 0}
     for name, smallest in (least | {"floor": 0, "sink": 0}).items():
@@ -149,6 +149,11 @@ def _check(options: argparse.Namespace) -> None:
             f"--out {options.out} holds a calibration already ({', '.join(there)}): give another "
             "directory, or --overwrite"
         )
+
+
+def _missed(target_mass: float) -> float:
+    # .05, not .050000000000000044.
+    return round(1 - target_mass, 9)
 
 
 def _check_lengths(lengths: list[int]) -> None:
@@ -184,7 +189,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
         raise BadArgument(f"--out {options.out}: {error.strerror}") from error
 
     subject = Subject(options.model, model, selecting, texts, tokenizer)
-    missed, seed, own = round(1 - options.target_mass, 9), options.seed, selecting.budget
+    missed, seed, own = _missed(options.target_mass), options.seed, selecting.budget
     needs = measure(subject, missed, options.rows, seed, say)
     say(f"fitting {needs.keys[0].numel()} heads", at_once=True)
     fits = fit_heads(needs, seed=seed)

@@ -290,6 +290,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
             "the documents are too few or too short",
         ),
         ([*basic, "--target-mass", "1"], "--target-mass must lie between 0 and 1, got 1"),
+        ([*basic, "--target-mass", "0.9999999999"], "--target-mass must lie between 0 and 1"),
         ([*basic, "--target-mass", "0"], "--target-mass must lie between 0 and 1, got 0"),
         ([*basic, "--lengths", "64"], "--lengths 64 is too little to fit a law"),
         ([*basic, "--lengths", "64,96,128"], "four times the shortest"),
