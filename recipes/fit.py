@@ -123,9 +123,10 @@ class SparseCLI(LightningCLI):
                 raise SystemExit(128 + signal.SIGTERM) from None
             raise
         except Exception as error:
-            began = self.trainer.global_step > 0 or _training_started(error)
+            began = self.trainer.global_step > 0 or _in_a_step(error)
             if subcommand == "fit" and not began:
                 self.run.discard()
+            error.in_training = began  # type: ignore[attr-defined]
             raise
 
     def after_fit(self) -> None:
@@ -177,7 +178,8 @@ def main(argv: list[str]) -> int:
     try:
         SparseCLI(_resolve_configs(argv))
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
-        if _training_started(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
+        # In training it matters where: no mistake in a config is left by then.
+        if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
         return 2
@@ -207,8 +209,8 @@ def _own(error: BaseException) -> BaseException:
     return error
 
 
-def _training_started(error: BaseException) -> bool:
-    """Whether a training step stands in the traceback: then where it failed matters."""
+def _in_a_step(error: BaseException) -> bool:
+    """Whether a step of training, validation or test stands in the traceback."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_name in (

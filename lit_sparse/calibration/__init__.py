@@ -7,7 +7,7 @@ measured, and said where it does not hold.
 """
 
 from lit_sparse.calibration.feasibility import Feasibility, feasibility
-from lit_sparse.calibration.fit import PROPORTIONAL, HeadFits, Verdict, fit_heads
+from lit_sparse.calibration.fit import PROPORTIONAL, HeadFits, Verdict, fit_heads, separate_lengths
 from lit_sparse.calibration.law import ChosenLaw, choose_law
 from lit_sparse.calibration.needs import Needs
 
@@ -21,4 +21,5 @@ __all__ = [
     "choose_law",
     "feasibility",
     "fit_heads",
+    "separate_lengths",
 ]

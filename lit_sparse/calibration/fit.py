@@ -4,6 +4,7 @@ against it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from lit_sparse.calibration.needs import Needs
 from lit_sparse.calibration.quantiles import (
     quantile_lines,
     resample,
+    row_quantiles,
     standard_error,
     widening,
 )
@@ -74,6 +76,8 @@ class HeadFits:
     """The form of least BIC, of `forms.FORMS`."""
     misfit: Tensor
     """BIC of the power law - that of the best form; above 6 is strong evidence against it."""
+    linear_gain: Tensor
+    """BIC of the power law - that of the linear form."""
     logit_range: Tensor
     """Mean range of the rest's logits at n_ref, in nats."""
     logit_range_slope: Tensor
@@ -106,8 +110,9 @@ class HeadFits:
     def verdict(self) -> list[list[Verdict]]:
         """Of every head, the first that holds:
 
-        - "proportional": C is .9 or more, or a proportional form is the best one, C .8 or more,
-          and .9 within its interval;
+        - "proportional": C is .9 or more; or a proportional form is the best one, C .8 or more, and
+          .9 within its interval; or the linear form is much better than the power law, as where
+          keys that are always kept hide that the need of the others is in proportion;
         - "no power law": C changes by more than .3 over the measured contexts, or a curve that is
           none is much better;
         - "constant": the best form is;
@@ -124,7 +129,8 @@ class HeadFits:
         exponent, high = float(self.exponent[layer, head]), float(self.exponent_high[layer, head])
         # Short rows scatter more, so that their upper quantile hides a part of what C should be.
         likely = model in ("linear", "gaussian") and exponent >= _NEARLY and high >= PROPORTIONAL
-        if exponent >= PROPORTIONAL or likely:
+        certain = self.linear_gain[layer, head] > _STRONG
+        if exponent >= PROPORTIONAL or likely or certain:
             return "proportional"
         if bent or (model in ("log", "gaussian") and self.misfit[layer, head] > _STRONG):
             return "no power law"
@@ -197,11 +203,11 @@ def fit_heads(
     counted = (1 if which == "keys" else needs.block) / y.exp()
     slope_width += counted @ (-x).clamp(min=0) / x.square().sum()
     exponent = _shrink(raw.view(shape), slope_error.view(shape)).clamp(0, 1)
-    left = torch.quantile(y - exponent.reshape(-1, 1) * x, quantile, dim=1)
+    left = row_quantiles(y - exponent.reshape(-1, 1) * x, quantile)
 
     curvature = _curvatures(x, y, torch.cat([torch.ones(1, len(x)), drawn]).double())
     ranges = by_head(needs.logit_range)
-    bic = _by_document(needs, x, y, by_head(needs.logit_std), log_n.mean())
+    bic = _by_document(needs, which, x, y, by_head(needs.logit_std), log_n.mean())
     best = bic.argmin(0)
     return HeadFits(
         n_ref=n_ref,
@@ -217,6 +223,7 @@ def fit_heads(
         curvature_error=standard_error(curvature[1:], documents).view(shape),
         model=[[FORMS[i] for i in layer] for layer in best.view(shape).tolist()],
         misfit=(bic[FORMS.index("power")] - bic.amin(0)).view(shape),
+        linear_gain=(bic[FORMS.index("power")] - bic[FORMS.index("linear")]).view(shape),
         logit_range=ranges.mean(1).view(shape),
         logit_range_slope=_slope(x, ranges).view(shape),
         which=which,
@@ -227,6 +234,15 @@ def fit_heads(
         shortest=int(needs.context.min()),
         longest=int(needs.context.max()),
     )
+
+
+def separate_lengths(lengths: Sequence[int]) -> list[int]:
+    """Of those that differ by less than a quarter the shortest; ascending."""
+    found: list[int] = []
+    for length in sorted(lengths):
+        if not found or length >= _SAME_LENGTH * found[-1]:
+            found.append(length)
+    return found
 
 
 def _contexts(n: float | Tensor) -> Tensor:
@@ -244,10 +260,7 @@ def _check(needs: Needs) -> int:
         )
     ends = torch.zeros(len(ids), dtype=torch.int64)
     ends = ends.scatter_reduce(0, member, needs.context, "amax")
-    lengths: list[int] = []
-    for end in ends.sort().values.tolist():
-        if not lengths or end >= _SAME_LENGTH * lengths[-1]:
-            lengths.append(end)
+    lengths = separate_lengths(ends.tolist())
     shortest, longest = int(needs.context.min()), int(needs.context.max())
     always = needs.sink + needs.local
     if shortest <= always:
@@ -289,9 +302,12 @@ def _curvatures(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return 2 * math.log(2) * (inverse @ (weighted @ y.T))[:, 2]
 
 
-def _by_document(needs: Needs, x: Tensor, y: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
+def _by_document(
+    needs: Needs, which: str, x: Tensor, y: Tensor, sigma: Tensor, mean: Tensor
+) -> Tensor:
     """`compare_forms` of the documents' means."""
     documents, member = needs.document.unique(return_inverse=True)
     share = torch.nn.functional.one_hot(member, len(documents)).double()
     share /= share.sum(0)
-    return compare_forms(x @ share + mean, y @ share, sigma @ share, needs.missed)
+    rest = needs.rest(which).double() @ share
+    return compare_forms(x @ share + mean, y @ share, sigma @ share, needs.missed, rest)

@@ -14,8 +14,11 @@ from torch import Tensor
 from lit_sparse.theory import gaussian_keys_fraction
 
 FORMS = ("constant", "log", "power", "linear", "gaussian")
-"""k = a, k = a + b ln n, k = a n^C, k = a n, and a n Phi_c(sigma(n) + Phi^-1(missed)): Gaussian
-logits whose sigma follows the straight line in ln n that was measured."""
+"""k = a, k = a + b ln n, k = a n^C, k = always + a rest, and always + a rest Phi_c(sigma(n) +
+Phi^-1(missed)): Gaussian logits whose sigma follows the straight line in ln n that was measured.
+always + rest = n: counted with the keys that are always kept, a need in proportion to the others
+looks like a power of n whose C is less than 1.
+"""
 
 _PARAMETERS = (1, 2, 2, 1, 1)
 
@@ -24,8 +27,10 @@ _LEAST = 1e-5
 
 _SLOPES = 200
 
+_ITERATIONS = 20
 
-def compare_forms(x: Tensor, y: Tensor, sigma: Tensor, missed: float) -> Tensor:
+
+def compare_forms(x: Tensor, y: Tensor, sigma: Tensor, missed: float, rest: Tensor) -> Tensor:
     """The BIC of every form, [5, P] in the order of FORMS; least is best.
 
     Args:
@@ -33,18 +38,20 @@ def compare_forms(x: Tensor, y: Tensor, sigma: Tensor, missed: float) -> Tensor:
         y: [P, D], mean of ln k, by head.
         sigma: [P, D], mean standard deviation of the logits, in nats.
         missed: share of the mass that k misses.
+        rest: [D], mean number of keys that are not always kept.
     """
     documents, z = len(x), x - x.mean()
     spread = z.square().sum()
     level, slope = y.mean(1, keepdim=True), (y @ z / spread)[:, None]
     steady = (sigma.mean(1, keepdim=True) + (sigma @ z / spread)[:, None] * z).clamp(min=0)
+    always = (x.exp() - rest).clamp(min=0)
     share = gaussian_keys_fraction(steady, missed).clamp(min=1e-12)
     residuals = (
         y - level,
         _log_residual(z, y),
         y - level - slope * z,
-        y - level - z,
-        _centred(y - z - share.log()),
+        _share_residual(y, always, rest.expand_as(y)),
+        _share_residual(y, always, rest * share),
     )
     variance = torch.stack([r.square().mean(1) for r in residuals]).clamp(min=_LEAST)
     penalty = math.log(documents) * torch.tensor(_PARAMETERS, dtype=y.dtype)
@@ -63,6 +70,17 @@ def _log_residual(z: Tensor, y: Tensor) -> Tensor:
         best = torch.where((size < least)[:, None], residual, best)
         least = torch.minimum(size, least)
     return best
+
+
+def _share_residual(y: Tensor, always: Tensor, rest: Tensor) -> Tensor:
+    """Of ln k = ln(always + a rest), [P, D]; the best a by Gauss and Newton from a = 1, in ln a."""
+    log_a = torch.zeros_like(y[:, :1])
+    for _ in range(_ITERATIONS):
+        chosen = log_a.exp() * rest
+        residual, slope = y - (always + chosen).log(), chosen / (always + chosen)
+        step = (slope * residual).sum(1) / slope.square().sum(1).clamp(min=1e-30)
+        log_a += step.clamp(-1, 1)[:, None]
+    return y - (always + log_a.exp() * rest).log()
 
 
 def _centred(y: Tensor) -> Tensor:

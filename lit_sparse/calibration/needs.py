@@ -80,6 +80,13 @@ class Needs:
             if not bool(value.isfinite().all()):
                 raise ValueError(f"Needs: {name} has values that are not finite")
 
+    def rest(self, which: str) -> Tensor:
+        """int64 [N]: how many keys are a choice, of "keys" or of whole blocks."""
+        if which == "keys":
+            return (self.context - self.sink - self.local).clamp(min=0)
+        last = (self.context - self.local).clamp(min=0) // self.block
+        return self.block * (last - -(-self.sink // self.block)).clamp(min=0)
+
     @classmethod
     def gather(
         cls,

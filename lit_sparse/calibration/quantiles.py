@@ -14,6 +14,9 @@ _MIDDLE = (0.1587, 0.8413)
 
 _CHUNK_BYTES = 32 * 2**20
 
+# Values that torch.quantile takes at once.
+_LARGEST = 2**24
+
 # Powers of the last bandwidth: from a wide loss, nearly a parabola, to the final one, so that each
 # start lies where Newton's step holds.
 _STEPS = (0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1, 1, 1, 1, 1)
@@ -43,11 +46,11 @@ def quantile_lines(x: Tensor, y: Tensor, weights: Tensor, quantile: float) -> tu
     design = torch.stack([torch.ones_like(z), z])
     start = torch.linalg.lstsq(design.T, y.T).solution.T
     residual = y - start @ design
-    shift = torch.quantile(residual, quantile, dim=1)
+    shift = row_quantiles(residual, quantile)
     # Where a line is exact there is nothing to scale by: a relative rounding of y takes the place.
     least = 1e-6 * y.abs().amax(1).clamp(min=1)
     scale = residual.std(1, correction=0).clamp(min=least)
-    low, high = torch.quantile(residual, torch.tensor(_MIDDLE).to(residual), dim=1)
+    low, high = (row_quantiles(residual, q) for q in _MIDDLE)
     width = BANDWIDTH * ((high - low) / 2 / scale).clamp(0.3, 1)
     target = (residual - shift[:, None]) / scale[:, None]
 
@@ -65,6 +68,12 @@ def quantile_lines(x: Tensor, y: Tensor, weights: Tensor, quantile: float) -> tu
     return found[..., 0] - slope * centre, slope
 
 
+def row_quantiles(values: Tensor, quantile: float) -> Tensor:
+    """[P, N] -> [P], however many values there are."""
+    step = max(_LARGEST // values.shape[1], 1)
+    return torch.cat([torch.quantile(part, quantile, dim=1) for part in values.split(step)])
+
+
 def _newton(
     y: Tensor, design: Tensor, moments: Tensor, line: Tensor, width: Tensor, quantile: float
 ) -> Tensor:
@@ -74,7 +83,8 @@ def _newton(
     above = above.div_(width).sigmoid_()
     curvature = torch.bmm(above - above.square(), moments) / width
     slope = torch.bmm(above.add_(quantile - 1), moments[..., :2])
-    floor = _RIDGE / (4 * width) * moments.sum(1)[:, None]
+    # Of all z: the rows of one sample may have a single z.
+    floor = _RIDGE / (4 * width) * moments[..., :1].sum(1)[:, None] * y.new_tensor([1, 0, 1])
     a, b, c = (curvature + floor).unbind(-1)
     g, h = slope.unbind(-1)
     found = torch.stack([c * g - b * h, a * h - b * g], -1) / (a * c - b * b)[..., None]

@@ -53,10 +53,11 @@ class CommonWord:
     def __post_init__(self, tokenizer: Tokenizer) -> None:
         if self.words < 2:
             raise ValueError(f"CommonWord words must be >= 2, got {self.words}")
-        if not 1 / self.words < self.share < 1:
+        least = 2 / (self.words + 1)
+        if not least <= self.share < 1:
             raise ValueError(
-                f"CommonWord share must be above 1 / words = {1 / self.words:g} and below 1, got "
-                f"{self.share}"
+                f"CommonWord share must be at least 2 / (words + 1) = {least:.4g}, twice that of "
+                f"any other word, and below 1, got {self.share}"
             )
         # Distinct ones: what a tokenizer does not know it may read as one and the same token.
         ids = {tuple(tokenizer.encode(f" {word}").tolist()) for word in WORDS.split()}

@@ -91,6 +91,18 @@ def wrap(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def named_layers(layers: Sequence[int]) -> str:
+    """For example "layers 0-2, 5"; ascending numbers."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(parts)}"
+
+
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Not-a-number becomes null: JSON has no other word for it."""
     path.write_text(json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
-from lit_sparse.calibration import choose_law, feasibility, fit_heads
+from lit_sparse.calibration import choose_law, feasibility, fit_heads, separate_lengths
 from lit_sparse.recipes.benchmark.report import BadArgument, environment
 from lit_sparse.recipes.benchmark.steps import DTYPES
 from lit_sparse.recipes.calibrate.check import obey, raised, run_check
@@ -126,7 +126,7 @@ def _integers(text: str) -> list[int]:
 
 def _check(options: argparse.Namespace) -> None:
     """What is wrong whatever the model and the data."""
-    if not 0 < options.target_mass < 1:
+    if not 0 < _missed(options.target_mass) < 1:
         raise BadArgument(f"--target-mass must lie between 0 and 1, got {options.target_mass:g}")
     least = {"documents": 3, "check_documents": 1, "rows": 1, "steps": 1, "prompts": 0, "seed": 0}
     for name, smallest in (least | {"floor": 0, "sink": 0}).items():
@@ -151,14 +151,19 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
+def _missed(target_mass: float) -> float:
+    # .05, not .050000000000000044.
+    return round(1 - target_mass, 9)
+
+
 def _check_lengths(lengths: list[int]) -> None:
     given = ",".join(map(str, lengths))
     if sorted(set(lengths)) != lengths or lengths[0] < 1:
         raise BadArgument(f"--lengths must rise, each given once, got {given}")
-    if len(lengths) < 3 or lengths[-1] < 4 * lengths[0]:
+    if len(separate_lengths(lengths)) < 3 or lengths[-1] < 4 * lengths[0]:
         raise BadArgument(
-            f"--lengths {given} is too little to fit a law: give at least three lengths, the "
-            "longest at least four times the shortest"
+            f"--lengths {given} is too little to fit a law: give at least three lengths that "
+            "differ by a quarter or more, the longest at least four times the shortest"
         )
 
 
@@ -178,16 +183,16 @@ def _calibrate(options: argparse.Namespace, command: str) -> int:
         documents, lengths, options.documents, options.check_documents, options.seed
     )
     # Before the long run, so that it is not lost to a directory that cannot be written.
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"--out {options.out}: {error.strerror}") from error
 
     subject = Subject(options.model, model, selecting, texts, tokenizer)
-    missed, seed, own = round(1 - options.target_mass, 9), options.seed, selecting.budget
+    missed, seed, own = _missed(options.target_mass), options.seed, selecting.budget
     needs = measure(subject, missed, options.rows, seed, say)
     say(f"fitting {needs.keys[0].numel()} heads", at_once=True)
-    try:
-        fits = fit_heads(needs, seed=seed)
-    except ValueError as error:
-        raise BadArgument(str(error)) from error
+    fits = fit_heads(needs, seed=seed)
     fitted = choose_law(
         fits,
         floor=options.floor,

@@ -101,9 +101,13 @@ def late_start(length: int) -> int:
 
 
 def late_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` rows of the last quarter of a document (all, if there are fewer), ascending."""
-    first = late_start(length)
-    return torch.randperm(length - first, generator=generator)[:count].sort().values + first
+    """`count` rows of the last quarter of a document (all, if there are fewer), ascending.
+
+    The last row is one of them, so that documents of other lengths have other contexts for certain.
+    """
+    first, last = late_start(length), length - 1
+    others = torch.randperm(last - first, generator=generator)[: count - 1].sort().values + first
+    return torch.cat([others, torch.tensor([last])])
 
 
 @torch.no_grad()
@@ -116,6 +120,9 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
         rows: sampled in each document, the same in all layers.
         seed: of the rows.
         progress: told what is done next.
+
+    Raises:
+        BadArgument: the model cannot be measured.
     """
     selecting, texts = subject.selecting, subject.texts
     block, sink = selecting.block, selecting.budget.sink
@@ -126,9 +133,14 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
 
     def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
         *_, scale, _ = others
-        layers[layer] = rows_need(
+        need = rows_need(
             q, k, drawn, missed=missed, block=block, sink=sink, local=local, scale=scale
         )
+        if not bool(need.logit_range.isfinite().all()):
+            raise BadArgument(
+                f"--model {subject.path}: layer {layer} has logits that are not finite"
+            )
+        layers[layer] = need
 
     measured: list[tuple[int, list[RowNeed]]] = []
     total = sum(map(len, texts.fitted.values()))

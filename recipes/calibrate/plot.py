@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_sparse.budget import Budget
-from lit_sparse.recipes.calibrate.report import Result, named
+from lit_sparse.recipes.benchmark.report import named_layers
+from lit_sparse.recipes.calibrate.report import Result
 
 LAW, EXPONENTS = "k_of_n.png", "exponents.png"
 
@@ -89,10 +90,11 @@ def _draw_laws(axes: Any, result: Result, n: Tensor) -> None:
     if last is None:
         return
     first, *others = by_layers
-    draw(first, "-", 2.2, f"{_formula(first)}: law of {named(drawn[first])}")
+    draw(first, "-", 2.2, f"{_formula(first)}: law of {named_layers(drawn[first])}")
     for i, budget in enumerate(others):
         count = sum(len(drawn[other]) for other in others)
-        draw(budget, "-", 0.8, None if i else f"laws of {count} layers that need more")
+        said = "1 layer that needs" if count == 1 else f"{count} layers that need"
+        draw(budget, "-", 0.8, None if i else f"laws of {said} more")
     if last.factor != 1:
         before = result.fitted.of(drawn[first][0])
         draw(before, "--", 1.0, f"{_formula(before)}: as fitted, before the check")

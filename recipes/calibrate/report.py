@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from torch import Tensor
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw, Feasibility, HeadFits, Needs, Verdict
 from lit_sparse.models import Law
-from lit_sparse.recipes.benchmark.report import render_table, wrap, write_json
+from lit_sparse.recipes.benchmark.report import named_layers, render_table, wrap, write_json
 from lit_sparse.recipes.calibrate.check import Check, sparse_layers
 from lit_sparse.recipes.calibrate.texts import Texts
 
@@ -105,7 +104,7 @@ def lines(result: Result) -> list[str]:
     for budget, layers in result.budgets.items():
         keys = ", ".join(f"{budget(n)} at {n}" for n in _lengths(result))
         law = "every key" if budget == Budget.dense() else f"{budget}: {keys} tokens"
-        first, *more = wrap(f"{named(layers)}: {law}")
+        first, *more = wrap(f"{named_layers(layers)}: {law}")
         out += [f"  {first}", *(f"    {line}" for line in more)]
     out += [line for sentence in result.sentences() for line in wrap(f"! {sentence}")]
     out += ["", *check_lines(check)]
@@ -201,18 +200,6 @@ def verdict(check: Check) -> str:
     )
 
 
-def named(layers: Sequence[int]) -> str:
-    """For example "layers 0-2, 5"; ascending numbers."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(parts)}"
-
-
 def _lengths(result: Result) -> list[int]:
     return [*result.settings["lengths"], result.check.length]
 
@@ -273,11 +260,14 @@ def write_numbers(path: Path, result: Result) -> None:
             "needs": {
                 str(length): {
                     which: {
-                        f"p{round(100 * q)}": torch.quantile(found.float(), q, dim=0).tolist()
+                        # Layer by layer: torch.quantile refuses more than 2^24 values.
+                        f"p{round(100 * q)}": [
+                            torch.quantile(layer, q, dim=0).tolist() for layer in found.unbind(1)
+                        ]
                         for q in QUANTILES
                     }
                     for which in ("keys", "block_keys")
-                    for found in [getattr(result.needs, which)[rows]]
+                    for found in [getattr(result.needs, which)[rows].float()]
                 }
                 for length, rows in result.rows.items()
             },

@@ -173,6 +173,9 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
     layers = []
     for number, norms in logit_norms(model, distances(length)).items():
         seen, budget = inputs[number], law.of(number)
+        largest, span = logits.largest(number), logits.median_range(number)
+        if not (largest.isfinite() & span.isfinite()).all():
+            raise BadArgument(f"--model {directory}: layer {number} has logits that are not finite")
         estimate = norms.largest_logit(seen.rms, pairs, task.delta)
         layer = Layer(
             number,
@@ -183,14 +186,12 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
             norms,
             norms.largest_logit(seen.largest, pairs, task.delta),
             estimate if norms.ceiling is None else torch.full_like(estimate, torch.nan),
-            logits.largest(number),
-            logits.median_range(number),
+            largest,
+            span,
             theory.required_logit_range(
                 torch.tensor(lengths), budget(torch.tensor(lengths)), task.missed
             ),
         )
-        if not (layer.largest.isfinite() & layer.range.isfinite()).all():
-            raise BadArgument(f"--model {directory}: layer {number} has logits that are not finite")
         layers.append(layer)
     return Findings(directory, model.config.model_type, names, length, lengths, own_law, layers)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse.recipes.benchmark.report import render_table, short, wrap
+from lit_sparse.recipes.benchmark.report import named_layers, render_table, short, wrap
 from lit_sparse.recipes.inspect.measure import Findings, Layer, Task
 
 SAYS_NOTHING = 3.0
@@ -119,8 +119,8 @@ def sentences(found: Findings, task: Task) -> list[str]:
     if breaking and found.layers[0].norms.ceiling is None:
         most = max(x.input_mean_share for x in found.layers)
         said.append(
-            f"The inputs of {_layers(breaking)} are not of mean 0, as the bound assumes: up to "
-            f"{most:.0%} of their power is the same in every token."
+            f"The inputs of {named_layers(breaking)} are not of mean 0, as the bound assumes: "
+            f"up to {most:.0%} of their power is the same in every token."
         )
     return [*said, *_of_the_budget(found, task)]
 
@@ -148,7 +148,7 @@ def _of_the_budget(found: Findings, task: Task) -> list[str]:
     said = []
     for budget in budgets:
         own = [layer for layer in found.layers if layer.budget == budget]
-        which = "" if len(budgets) == 1 else f" in {_layers([x.layer for x in own])}"
+        which = "" if len(budgets) == 1 else f" in {named_layers([x.layer for x in own])}"
         if not own[0].required.any():
             said.append(f"{budget} ({whose}){which} requires no range of logits.")
             continue
@@ -175,7 +175,7 @@ def _infeasible(found: Findings) -> list[str]:
             if layers:
                 short_of.setdefault((why, layers), []).append(context(n))
     return [
-        f"Infeasible at {', '.join(where)}: {why.format(_layers(list(layers)))}."
+        f"Infeasible at {', '.join(where)}: {why.format(named_layers(layers))}."
         for (why, layers), where in short_of.items()
     ]
 
@@ -226,18 +226,6 @@ def context(n: int) -> str:
         if n >= unit and n % unit == 0:
             return f"{n // unit}{name}"
     return str(n)
-
-
-def _layers(numbers: list[int]) -> str:
-    """0, 1, 2, 5 -> "layers 0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    listed = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-    return f"layer{'s' if len(numbers) > 1 else ''} {listed}"
 
 
 def _digits(value: float) -> str:

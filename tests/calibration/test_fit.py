@@ -29,7 +29,7 @@ def test_the_form_that_made_the_needs_is_the_best(form):
     x = torch.linspace(6, 9, 32, dtype=torch.float64)
     noise = 0.03 * torch.randn(20, 32, generator=generator, dtype=torch.float64)
     sigma = (1.5 + 0.4 * (x - x.mean())).repeat(20, 1)
-    bic = compare_forms(x, _curve(form, x) + noise, sigma, 0.05)
+    bic = compare_forms(x, _curve(form, x) + noise, sigma, 0.05, x.exp())
     best = [FORMS[i] for i in bic.argmin(0).tolist()]
     assert best.count(form) >= 18, best
 
@@ -111,6 +111,21 @@ def test_a_fit_repeats_and_depends_on_its_seed_only(simulate):
     other = fit_heads(needs, "keys", seed=4)
     assert torch.equal(one.raw_exponent, other.raw_exponent)
     assert not torch.equal(one.exponent_low, other.exponent_low)
+
+
+def test_more_values_than_quantiles_take_at_once(simulate, monkeypatch):
+    needs = simulate(lambda n: 4 * n**HALF, of_document=0.2)
+    whole, quantile = fit_heads(needs, "keys"), torch.quantile
+
+    def limited(values, *others, **keywords):
+        assert values.numel() <= 1300, "as PyTorch refuses 2^24"
+        return quantile(values, *others, **keywords)
+
+    monkeypatch.setattr(torch, "quantile", limited)
+    monkeypatch.setattr("lit_sparse.calibration.quantiles._LARGEST", 600)
+    parts = fit_heads(needs, "keys")
+    torch.testing.assert_close(parts.k_ref, whole.k_ref)
+    torch.testing.assert_close(parts.exponent, whole.exponent)
 
 
 def test_whole_blocks_widen_what_is_known(simulate):

@@ -76,3 +76,14 @@ def test_intervals_are_those_of_student():
     # Tables of Student's t at .975.
     for documents, t in ((8, 2.447), (12, 2.228), (32, 2.042), (1000, 1.962)):
         assert widening(documents) == pytest.approx(t, abs=0.02)
+
+
+def test_a_sample_of_a_single_length_has_a_line():
+    """Few documents may be drawn so; it must not make what is known of the others NaN."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64).repeat(3)
+    y = x / 2 + torch.rand(4, 9, generator=generator)
+    weights = torch.stack([torch.ones(9), (x == 5).float()])
+    for values in quantile_lines(x, y, weights, 0.9):
+        assert values.shape == (2, 4)
+        assert values.isfinite().all()

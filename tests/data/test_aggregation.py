@@ -78,8 +78,9 @@ def test_any_tokenizer_whose_words_have_differing_sizes(tmp_path):
 def test_what_cannot_be_asked_says_so():
     with pytest.raises(ValueError, match="words must be >= 2, got 1"):
         CommonWord(TOKENIZER, words=1)
-    with pytest.raises(ValueError, match=r"share must be above 1 / words = 0.0625"):
-        CommonWord(TOKENIZER, share=0.05)
+    with pytest.raises(ValueError, match=r"share must be at least 2 / \(words \+ 1\) = 0.1176"):
+        CommonWord(TOKENIZER, share=0.11)
+    assert CommonWord(TOKENIZER, share=0.12).shortest > 0
     task = CommonWord(TOKENIZER)
     with pytest.raises(ValueError, match=f"at least {task.shortest} tokens, got length = 60"):
         task.prompts(60, 1, np.random.default_rng(0))

@@ -15,6 +15,7 @@ from lit_sparse.data import ByteTokenizer, TokenStore, pack
 from lit_sparse.models import Law, build_model, dense_attention, law_of, observe, sparsify
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.check import Attempt, Check, _search, raised
+from lit_sparse.recipes.calibrate.measure import late_rows
 from lit_sparse.recipes.calibrate.report import check_lines
 from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
 
@@ -120,7 +121,8 @@ def test_the_check_is_the_dropped_mass_of_the_operator(made, place):
     missed, losses = [], {"sparse": [], "dense": []}
 
     def observer(layer, q, k, v, out, lse, selection, scale, documents):
-        rows = torch.randperm(128, generator=generator)[:64].sort().values + 384
+        rows = torch.randperm(127, generator=generator)[:63].sort().values + 384
+        rows = torch.cat([rows, torch.tensor([511])])
         logits = scale * torch.einsum("rhd,thd->hrt", q[rows], k.repeat_interleave(2, 1))
         logits[:, torch.arange(512) > rows[:, None]] = -torch.inf
         kept = selection.to_mask()[:, rows].repeat_interleave(2, 0)
@@ -253,11 +255,32 @@ def test_the_text_is_in_the_tokens_of_the_model(place, tmp_path):
         open_documents(place / "model", store, 256)
 
 
+def test_rows_are_late_and_the_last_is_one_of_them():
+    generator = torch.Generator().manual_seed(0)
+    for length, count, expected in ((240, 8, 8), (240, 1, 1), (9, 64, 3), (1, 4, 1)):
+        rows = late_rows(length, count, generator).tolist()
+        assert len(set(rows)) == expected
+        assert rows == sorted(rows)
+        assert rows[0] >= 3 * length // 4
+        assert rows[-1] == length - 1
+
+
+def test_logits_that_are_not_finite_name_their_layer(place, tmp_path, capsys):
+    model = build_model(pretrained=place / "model")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--lengths", "32,64,128"]
+    assert calibrate(place, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("layer 1 has logits that are not finite")
+
+
 def test_mistakes_are_one_line(place, tmp_path, capsys, made):
     model, store = str(place / "model"), str(place / "store")
     (tmp_path / "long.txt").write_text("one long document " * 100)
     basic = ["--model", model, "--data", store, "--out", str(tmp_path / "out")]
-    small = ["--block", "8", "--tile", "8", "--sink", "8"]
+    small, few = ["--block", "8", "--tile", "8", "--sink", "8"], ["--documents", "4"]
     for arguments, message in (
         (["--data", store], "the following arguments are required: --model, --out"),
         ([*basic, "--model", str(tmp_path / "no")], "there is no directory"),
@@ -267,9 +290,11 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
             "the documents are too few or too short",
         ),
         ([*basic, "--target-mass", "1"], "--target-mass must lie between 0 and 1, got 1"),
+        ([*basic, "--target-mass", "0.9999999999"], "--target-mass must lie between 0 and 1"),
         ([*basic, "--target-mass", "0"], "--target-mass must lie between 0 and 1, got 0"),
         ([*basic, "--lengths", "64"], "--lengths 64 is too little to fit a law"),
         ([*basic, "--lengths", "64,96,128"], "four times the shortest"),
+        ([*basic, "--lengths", "60,70,250"], "three lengths that differ by a quarter or more"),
         ([*basic, "--lengths", "64,32,256"], "--lengths must rise, each given once"),
         ([*basic, "--lengths", "64,a"], "whole numbers with commas, got '64,a'"),
         ([*basic, "--lengths", "64,128,512"], "the longest may be 256"),
@@ -277,6 +302,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, made):
         ([*basic, "--documents", "2"], "--documents must be >= 3, got 2"),
         ([*basic, *small, "--documents", "12"], "40 of the 44 that must have 64"),
         ([*basic, "--block", "12"], "--block must be a power of two"),
+        ([*basic, *small, *few, "--out", str(tmp_path / "long.txt")], "long.txt: File exists"),
         ([*basic, "--out", str(made[0])], "holds a calibration already (budget.yaml"),
     ):
         assert main(["calibrate", *arguments]) == 2, arguments

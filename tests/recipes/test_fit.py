@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from lit_sparse.callbacks import StepSeed
 from lit_sparse.cli import main
 from lit_sparse.training import SparseLM
 
@@ -209,6 +210,19 @@ def test_numbers_that_are_not_finite_end_a_run_with_one_line(config, tmp_path, c
     monkeypatch.setenv("LIT_SPARSE_TRACEBACK", "1")
     with pytest.raises(FloatingPointError):
         main(["fit", "--config", config, "--run.overwrite", "true"])
+
+
+def test_an_error_in_training_says_where(config, tmp_path, capfd, monkeypatch):
+    """A callback's own mistake, past the first step: none of the user's, so not one line."""
+
+    def fail(self, trainer, *others):
+        if trainer.global_step == 2:
+            raise ValueError("a bug")
+
+    monkeypatch.setattr(StepSeed, "on_train_batch_end", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["fit", "--config", config, "--checkpoint.every_n_steps", "1"])
+    assert (tmp_path / "runs" / "small" / "checkpoints" / "step=1.ckpt").exists()
 
 
 def test_falling_lengths_are_refused(config, tmp_path, capfd):

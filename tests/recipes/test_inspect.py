@@ -195,6 +195,7 @@ def test_a_tight_qk_norm_makes_the_law_infeasible_for_certain(tmp_path, capsys):
         (["--model", "{}/unweighted"], "has no *.safetensors"),
         (["--model", "{}/gpt2"], "model_type gpt2 is not supported"),
         (["--model", "{}/flat"], "the model has no attention layer"),
+        (["--model", "{}/nan"], "layer 1 has logits that are not finite"),
         (["--length", "300"], "--length 300 is past the 256 positions"),
         (["--data", "{}/nothing"], "nothing"),
         (["--data", "{}/text", "--length", "256"], "the longest validation document"),
@@ -216,6 +217,10 @@ def test_errors_are_one_line(folder, capsys, change, message):
         special = {"bos_token_id": None, "eos_token_id": None}
         config = AutoConfig.for_model("gpt2", **small, **special)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2")
+    if "{}/nan" in change:
+        model = _build("llama")
+        torch.nn.init.constant_(model.model.layers[1].self_attn.k_proj.weight, torch.nan)
+        model.save_pretrained(folder / "nan")
     if "{}/flat" in change:
         _build("llama", num_hidden_layers=0).save_pretrained(folder / "flat")
     change = [part.format(folder) for part in change]
