@@ -113,7 +113,9 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     # The names of SparseLM, and those that a module of one's own is likely to use.
     loss = {
         "training loss (nats a token)": _lines("(train[/_])?loss"),
-        "validation loss (nats a token)": _lines("val_by_length/.*" if staged else "val[/_]loss"),
+        "validation loss (nats a token)": _lines(
+            "val/loss|val_by_length/.*" if staged else "val[/_]loss"
+        ),
         "gradient norm": _lines("train/grad_norm"),
         "learning rate": _lines("(train/)?lr.*"),
     }
@@ -161,7 +163,7 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
 
 
 def _lines(tags: str) -> list[Any]:
-    return ["Multiline", [f"^{tags}$"]]
+    return ["Multiline", [f"^({tags})$"]]
 
 
 def _band(tag: str, area: str | None = None) -> list[Any]:

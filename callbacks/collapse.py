@@ -108,7 +108,7 @@ class CollapseMonitor(SampledAttentionMonitor):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if trainer.global_step % self.settings.every_n_steps:
+        if not self.settings.due(trainer.global_step):
             return
         if not gradients_are_whole(trainer):
             if not self._said_invisible:

@@ -18,12 +18,12 @@ from lit_sparse.callbacks.sampler import Moment, Sample, Settings, layers_and_he
 class SampledAttentionMonitor(Callback):
     """Watches the attention of training steps without changing them.
 
-    In the first micro-batch of every `every_n_steps`-th optimizer step each layer's queries, keys
-    and values are observed where they pass (the first time in the step), detached, and `rows` query
-    rows of them are compared with their whole context. Rows come from a generator of their own,
-    seeded by the step, so that the run is bitwise the same with and without a monitor, and resumes
-    exactly. Monitors with the same settings share the measurement. Under several ranks each samples
-    its share, and all get the rows of all.
+    In the first micro-batch of the first optimizer step, and of every `every_n_steps`-th one, each
+    layer's queries, keys and values are observed where they pass (the first time in the step),
+    detached, and `rows` query rows of them are compared with their whole context. Rows come from a
+    generator of their own, seeded by the step, so that the run is bitwise the same with and without
+    a monitor, and resumes exactly. Monitors with the same settings share the measurement. Under
+    several ranks each samples its share, and all get the rows of all.
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -106,7 +106,7 @@ class SampledAttentionMonitor(Callback):
     ) -> None:
         first = batch_idx % trainer.accumulate_grad_batches == 0
         self._moment = None
-        if first and trainer.global_step % self.settings.every_n_steps == 0:
+        if first and self.settings.due(trainer.global_step):
             self._moment = (trainer.current_epoch, batch_idx, trainer.global_step)
             sampler_of(trainer, self.settings).start(trainer, pl_module, self._moment)
 

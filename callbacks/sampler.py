@@ -33,6 +33,12 @@ class Settings:
     layers: tuple[int, ...] | None
     heads: tuple[int, ...] | None
 
+    def due(self, step: int) -> bool:
+        """Whether an optimizer step, counted from 0, is measured: the first one, and those at which
+        Lightning writes what was logged, were `log_every_n_steps` this interval.
+        """
+        return step == 0 or (step + 1) % self.every_n_steps == 0
+
 
 @dataclass(frozen=True)
 class Sample:

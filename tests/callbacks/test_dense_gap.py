@@ -341,8 +341,8 @@ def test_auto_spends_its_share_of_the_time(monkeypatch):
 
 def test_tensorboard_shows_figure_and_histograms(tmp_path, monkeypatch):
     logger = TensorBoardLogger(tmp_path, version="")
-    monitor = DenseGapMonitor(every_n_steps=2, min_context=8, heads=[1, 3])
-    trainer = make_trainer([monitor, sparse()], logger=logger)
+    monitor = Recorder(every_n_steps=2, min_context=8, heads=[1, 3])
+    trainer = make_trainer([monitor, sparse()], logger=logger, log_every_n_steps=2)
     drawn = []
 
     def draw(panels, title, **numbers):
@@ -357,8 +357,13 @@ def test_tensorboard_shows_figure_and_histograms(tmp_path, monkeypatch):
     assert {f"gap_rows/{x}" for x in ("missed_mass", "output_error", "recall")} <= set(
         tags["histograms"]
     )
-    (histogram, _) = events.Histograms("gap_rows/missed_mass")
+    histogram, *others = events.Histograms("gap_rows/missed_mass")
+    assert [other.step for other in others] == [2, 4]  # optimizer steps that are finished
     assert histogram.histogram_value.num == 2 * 64 * 2
+    # Logged as often as measured, a number stands at the step that it was measured in.
+    points = [(point.step, point.value) for point in events.Scalars("gap/missed_mass")]
+    measured = [float(sample.stack("tau").nanmean()) for sample in monitor.samples]
+    assert points == [(1, pytest.approx(measured[1])), (3, pytest.approx(measured[2]))]
     ((panels, numbers),) = drawn
     assert numbers == {"layers": None, "heads": (1, 3)}
     assert set(panels) == {"missed mass", "output error", "recall"}

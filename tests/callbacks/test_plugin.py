@@ -98,7 +98,8 @@ def test_a_module_of_ones_own_trains_and_logs(architecture, tmp_path):
     density = events.Scalars("curriculum/density")[0].value
     assert 0.2 < density < 0.9
     masses = [scalar.value for scalar in events.Scalars("gap/captured_mass")]
-    assert len(set(masses)) == 3  # Lightning repeats the last value between measurements
+    # Steps 0, 1, 3 and 5; Lightning repeats the last value between measurements.
+    assert len(set(masses)) == 4
     assert all(0 < mass < 1 for mass in masses)
 
 
