@@ -127,6 +127,7 @@ class Alarm:
         rank_zero_warn(f"lit-sparse: {alert}")
         add_text(trainer, f"alerts/{kind}", alert.to_markdown())
         if self.on_alert == "stop":
+            rank_zero_warn("lit-sparse: training ends after this step, as on_alert is stop")
             _stop_after_step(trainer)
         elif callable(self.on_alert):
             self.on_alert(trainer, alert)

@@ -79,6 +79,8 @@ class CollapseMonitor(SampledAttentionMonitor):
         super().__init__(every_n_steps, rows, min_context, seed, layers, heads)
         if patience < 1:
             raise ValueError(f"CollapseMonitor patience must be >= 1, got {patience}")
+        if not isinstance(limits, CollapseLimits | None):
+            raise ValueError(f"CollapseMonitor limits must be CollapseLimits(...), got {limits!r}")
         self.limits = limits or CollapseLimits()
         self._rules = CollapseRules(self.limits, patience)
         self._alarm = Alarm(on_alert)

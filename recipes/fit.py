@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -90,7 +91,17 @@ class SparseCLI(LightningCLI):
             kwargs["logger"] = logger if self.subcommand == "fit" else False
         if self._get(self.config_init, "trainer").get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(self.run.path)  # where no logger says another place
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:
+            if "stateful callback" not in str(error):
+                raise
+            twice = re.search(r"callback of type `(\w+)`", str(error))
+            name = twice.group(1) if twice else "one callback"
+            raise ValueError(
+                f"trainer.callbacks has {name} twice: change the options of the one that the "
+                "config has, in a copy of the config"
+            ) from error
         # Before the others, so that what they draw is a function of the step too.
         trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
         return trainer

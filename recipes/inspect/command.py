@@ -88,6 +88,13 @@ def _task(options: argparse.Namespace) -> Task:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise BadArgument(f"--{name} {path}: there is no directory {path.parent}")
+        if path is not None and path.is_dir():
+            raise BadArgument(f"--{name} {path} is a directory; name a file")
+    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise BadArgument(f"--plot {options.plot} must end in .png, .pdf or .svg")
+    for model in options.model:
+        if not model.is_dir():
+            raise BadArgument(f"--model: there is no directory {model}")
     if options.device not in ("cpu", "cuda"):
         raise BadArgument(f"--device must be cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -109,7 +116,7 @@ def _write(
             from lit_sparse.recipes.inspect.plot import plot
 
             plot(findings, options.plot)
-    except (OSError, ValueError) as error:  # matplotlib: an ending that it cannot write
+    except OSError as error:
         raise BadArgument(str(error)) from error
 
 

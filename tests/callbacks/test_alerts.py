@@ -55,9 +55,11 @@ def test_what_an_alert_does_is_chosen():
     seen = []
     for reaction in ("warn", "stop", lambda trainer, alert: seen.append((trainer, alert))):
         trainer = _trainer()
-        with pytest.warns(UserWarning, match="dispersion"):
+        with pytest.warns(UserWarning, match="dispersion") as warned:
             Alarm(reaction).raise_in(trainer, "dispersion", [Place(0, 1, 0.97)], "even")
         assert trainer.should_stop == (reaction == "stop")
+        said = any("training ends after this step" in str(w.message) for w in warned)
+        assert said == (reaction == "stop")
     ((told, alert),) = seen
     assert told is trainer
     assert (alert.kind, alert.places[0].value, alert.advice) == (

@@ -364,6 +364,13 @@ def test_bad_options_are_named(options, message):
         build(**options)
 
 
+def test_limits_are_not_a_mapping():
+    with pytest.raises(
+        ValueError, match=r"limits must be CollapseLimits\(...\), got {'dispersion'"
+    ):
+        CollapseMonitor(limits={"dispersion": 0.9})
+
+
 def test_all_fields_of_a_row_are_in_these_samples():
     assert {f.name for f in dataclasses.fields(RowStatistics)} == {"context", *HEALTHY}
 

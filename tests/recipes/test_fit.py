@@ -281,3 +281,9 @@ def test_no_sub_command_shows_them_all(capsys):
     assert all(name in out for name in ("fit", "validate", "test", "configs", "benchmark"))
     assert main(["fti"]) == 2
     assert "no sub-command 'fti'" in capsys.readouterr().err
+
+
+def test_a_callback_that_is_there_twice_is_named(config, capsys):
+    arguments = ["--trainer.callbacks+=lit_sparse.callbacks.DenseGapMonitor"]
+    assert main(["fit", "--config", config, *arguments]) == 2
+    assert "trainer.callbacks has DenseGapMonitor twice" in capsys.readouterr().err
