@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_sparse.recipes.benchmark.peers import PEERS
+from lit_sparse.recipes.benchmark.report import tokens
 
 GUIDES = ((1.0, "n"), (1.5, "n$^{1.5}$"), (2.0, "n$^2$"))
 """Exponents of the guide lines."""
@@ -70,7 +71,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.plot(*found["sparse", part], style, color=color, lw=width, ms=5, label=label)
     lengths = sorted({length for line in found.values() for length in line[0]})
     if lengths:
-        axes.set_xticks(lengths, [_tokens(length) for length in lengths], minor=False)
+        axes.set_xticks(lengths, [tokens(length) for length in lengths], minor=False)
         axes.minorticks_off()
     if ("sparse", "total") in found:
         _guides(axes, *found["sparse", "total"])
@@ -109,11 +110,3 @@ def _guides(axes: Any, lengths: list[int], values: list[float]) -> None:
             annotation_clip=True,
         )
     axes.set_ylim(limits)
-
-
-def _tokens(length: int) -> str:
-    """4096 -> 4k, 1048576 -> 1M."""
-    for size, unit in ((2**20, "M"), (2**10, "k")):
-        if length % size == 0:
-            return f"{length // size}{unit}"
-    return str(length)

@@ -91,6 +91,14 @@ def wrap(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def tokens(n: int) -> str:
+    """4096 -> 4k, 1048576 -> 1M; what is no multiple of 1024 as it is."""
+    for unit, name in ((2**20, "M"), (2**10, "k")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return str(n)
+
+
 def named_layers(layers: Sequence[int]) -> str:
     """For example "layers 0-2, 5"; ascending numbers."""
     runs: list[list[int]] = []

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_sparse.recipes.benchmark.report import tokens
 from lit_sparse.recipes.inspect.measure import Findings
-from lit_sparse.recipes.inspect.report import context, label
+from lit_sparse.recipes.inspect.report import label
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's, which colour-blind readers tell apart."""
@@ -84,6 +85,6 @@ def _required(axes: Any, findings: Sequence[Findings]) -> bool:
         place, across = (0.98 - 0.1 * i, nats), ("axes fraction", "data")
         box = {"fc": "white", "ec": "none", "pad": 0.5}
         axes.annotate(
-            context(n), place, xycoords=across, ha="right", va="center", fontsize=7, bbox=box
+            tokens(n), place, xycoords=across, ha="right", va="center", fontsize=7, bbox=box
         )
     return True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse.recipes.benchmark.report import named_layers, render_table, short, wrap
+from lit_sparse.recipes.benchmark.report import named_layers, render_table, short, tokens, wrap
 from lit_sparse.recipes.inspect.measure import Findings, Layer, Task
 
 SAYS_NOTHING = 3.0
@@ -67,7 +67,7 @@ def _groups(found: Findings) -> list[tuple[str, tuple[str, ...]]]:
         ("inputs", ("RMS", "B")),
         ("largest logit", ("measured", "estimate", "bound", "ratio")),
         ("range", ("min", "median", "max")),
-        ("heads that reach", tuple(context(n) for n in found.lengths)),
+        ("heads that reach", tuple(tokens(n) for n in found.lengths)),
     ]
 
 
@@ -153,7 +153,7 @@ def _of_the_budget(found: Findings, task: Task) -> list[str]:
             said.append(f"{budget} ({whose}){which} requires no range of logits.")
             continue
         pairs = zip(found.lengths, own[0].required.tolist(), strict=True)
-        required = ", ".join(f"{nats:.1f} at {context(n)}" for n, nats in pairs)
+        required = ", ".join(f"{nats:.1f} at {tokens(n)}" for n, nats in pairs)
         said.append(
             f"{budget} ({whose}){which} can miss at most {100 * task.missed:g} % of the mass only "
             f"where logits range over {required} nats."
@@ -173,7 +173,7 @@ def _infeasible(found: Findings) -> list[str]:
             ("the measured range of no head of {} reaches it", none),
         ):
             if layers:
-                short_of.setdefault((why, layers), []).append(context(n))
+                short_of.setdefault((why, layers), []).append(tokens(n))
     return [
         f"Infeasible at {', '.join(where)}: {why.format(named_layers(layers))}."
         for (why, layers), where in short_of.items()
@@ -218,14 +218,6 @@ def _short_cells(layer: Layer) -> list[str]:
 def label(found: Findings) -> str:
     """Of a model, shorter than its path: a run's directory is always named alike."""
     return "/".join(found.model.absolute().parts[-2:])
-
-
-def context(n: int) -> str:
-    """4096 -> 4k, 1048576 -> 1M."""
-    for unit, name in ((2**20, "M"), (2**10, "k")):
-        if n >= unit and n % unit == 0:
-            return f"{n // unit}{name}"
-    return str(n)
 
 
 def _digits(value: float) -> str:

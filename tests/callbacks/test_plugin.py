@@ -1,11 +1,17 @@
 """The Lightning user: a module of their own, and our callbacks beside it."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningModule
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from monitored import make_trainer
 
 from lit_sparse import Budget
 from lit_sparse.callbacks import (
@@ -45,22 +51,6 @@ def _batches(count=6):
     return torch.utils.data.DataLoader(rows, batch_size=None)
 
 
-def _trainer(callbacks, **options):
-    settings = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "callbacks": callbacks,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        **options,
-    }
-    return Trainer(**settings)
-
-
 def _plugin():
     return SparseAttention(BUDGET, block=16, tile=16)
 
@@ -68,7 +58,7 @@ def _plugin():
 def test_a_module_of_ones_own_trains_and_logs(architecture, tmp_path):
     module = TheirModule(architecture)
     monitors = [CollapseMonitor(every_n_steps=2), DenseGapMonitor(every_n_steps=2)]
-    trainer = _trainer(
+    trainer = make_trainer(
         [*monitors, Throughput(), _plugin()], logger=TensorBoardLogger(tmp_path, version="")
     )
     before = [p.detach().clone() for p in module.parameters()]
@@ -108,7 +98,7 @@ def test_a_module_of_ones_own_goes_through_stages(architecture, tmp_path):
     stages = [Stage(256, 3, budget=first), Stage(1024, 3, rope={"rule": "linear"})]
     logger = TensorBoardLogger(tmp_path, version="")
     # A validation, at the end of each stage, leaves the stage's budget alone.
-    trainer = _trainer([ContextCurriculum(stages), _plugin()], logger=logger)
+    trainer = make_trainer([ContextCurriculum(stages), _plugin()], logger=logger)
     trainer.fit(module, _batches(), _batches(1))
     assert law_of(module.model).budget == BUDGET
     assert rope_parameters(module.model)["factor"] == 2
@@ -121,7 +111,7 @@ def test_monitors_do_not_change_training(architecture):
     weights = []
     for monitors in ([], [CollapseMonitor(every_n_steps=1), DenseGapMonitor(every_n_steps=1)]):
         module = TheirModule(architecture)
-        _trainer([*monitors, _plugin()]).fit(module, _batches(), _batches(1))
+        make_trainer([*monitors, _plugin()]).fit(module, _batches(), _batches(1))
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
 
@@ -130,7 +120,7 @@ def test_a_budget_that_keeps_everything_trains_as_sdpa_does(architecture):
     weights = []
     for callbacks in ([], [SparseAttention(Budget.dense(), block=16)]):
         module = TheirModule(architecture)
-        _trainer(callbacks).fit(module, _batches(2))
+        make_trainer(callbacks).fit(module, _batches(2))
         assert is_sparse(module.model) == bool(callbacks)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
@@ -138,7 +128,7 @@ def test_a_budget_that_keeps_everything_trains_as_sdpa_does(architecture):
 
 def test_validating_alone_is_sparse_too(architecture):
     module = TheirModule(architecture)
-    _trainer([_plugin()]).validate(module, _batches(1), verbose=False)
+    make_trainer([_plugin()]).validate(module, _batches(1), verbose=False)
     assert is_sparse(module.model)
 
 
@@ -155,9 +145,9 @@ def test_a_module_without_a_transformers_model_is_refused():
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     with pytest.raises(ValueError, match="Plain holds no transformers model"):
-        _trainer([_plugin()]).fit(Plain(), _batches(1))
+        make_trainer([_plugin()]).fit(Plain(), _batches(1))
 
 
 def test_a_monitor_without_a_sparse_model_says_what_to_add(architecture):
     with pytest.raises(ValueError, match=r"add SparseAttention\(Budget"):
-        _trainer([DenseGapMonitor()]).fit(TheirModule(architecture), _batches(1))
+        make_trainer([DenseGapMonitor()]).fit(TheirModule(architecture), _batches(1))
