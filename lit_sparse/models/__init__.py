@@ -16,8 +16,10 @@ from lit_sparse.models.sparsify import (
     scale_budget,
     set_budget,
     set_dense,
+    set_exchange,
     sparsify,
     unsparsify,
+    whole_sequences,
 )
 from lit_sparse.models.state import Law
 from lit_sparse.models.support import SUPPORTED, attention_layers, check_support, find_models
@@ -47,8 +49,10 @@ __all__ = [
     "scale_budget",
     "set_budget",
     "set_dense",
+    "set_exchange",
     "set_max_positions",
     "set_rope",
     "sparsify",
     "unsparsify",
+    "whole_sequences",
 ]
