@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -95,20 +94,22 @@ class _SparseAttention(torch.autograd.Function):
         # Autocast would round single products to bfloat16.
         with torch.autocast(q.device.type, enabled=False):
             out, lse = get_backend(backend).forward(q, k, v, sinks, selection, options)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.selection, ctx.options, ctx.backend = selection, options, backend
+        # The lists too: activation checkpointing lets go of saved tensors, and of nothing else. A
+        # selection that was made in inference mode cannot be saved as it is.
+        lists = [x.clone() if x.is_inference() else x for x in (selection.columns, selection.entry)]
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *lists)
+        ctx.plan, ctx.options, ctx.backend = selection.plan, options, backend
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, columns, entry = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False):
             # Its own object, so that what it derives from the lists goes with it.
-            selection = replace(ctx.selection)
-            grads = get_backend(ctx.backend).backward(
-                grad_out, *ctx.saved_tensors, selection, ctx.options
-            )
+            selection = Selection(ctx.plan, columns, entry)
+            grads = get_backend(ctx.backend).backward(grad_out, *tensors, selection, ctx.options)
         return *grads, None, None, None
 
 

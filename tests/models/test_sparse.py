@@ -1,6 +1,7 @@
 """A sparsified model under a budget that drops blocks."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_checkpointing_is_bitwise_the_same(sparse, tokens, found, reentrant):
     assert torch.equal(loss, again)
     for name, gradient in plain.items():
         assert torch.equal(checkpointed[name], gradient), name
+
+
+def test_checkpointing_keeps_no_lists(llama, tokens):
+    """At a million tokens those of all layers are gigabytes."""
+    llama.train()
+    llama.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, lists = tokens(1, LENGTH), []
+    with observe(llama, lambda *seen: lists.append(weakref.ref(seen[6].columns))):
+        loss = llama(ids, labels=ids, use_cache=False).loss
+    assert [alive() for alive in lists] == [None, None]
+    loss.backward()
 
 
 def test_backwards_after_several_forwards(llama, tokens, found):
