@@ -14,6 +14,7 @@ _RECIPES = {
     "kernels": ("lit_sparse.recipes.kernels", "compile the GPU kernels and report on them"),
     "calibrate": ("lit_sparse.recipes.calibrate", "measure the keys a model needs, write a budget"),
     "inspect": ("lit_sparse.recipes.inspect", "how large logits can be, are, and have to be"),
+    "estimate": ("lit_sparse.recipes.estimate", "memory, FLOPs and days of a config"),
     "benchmark": ("lit_sparse.recipes.benchmark", "time sparse attention, measure the selection"),
 }
 _LIGHTNING = ("fit", "validate", "test")

@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     try:
-        SparseCLI(_resolve_configs(argv))
+        SparseCLI(resolve_configs(argv))
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
         # In training it matters where: no mistake in a config is left by then.
         if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _resolve_configs(argv: list[str]) -> list[str]:
+def resolve_configs(argv: list[str]) -> list[str]:
     """Replace the bare names that follow --config by the files of the shipped configs."""
     resolved = list(argv)
     for i, argument in enumerate(argv):

@@ -1,0 +1,104 @@
+"""FLOPs of a curriculum stage from the work that is executed, and the days they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lit_sparse.attention.plan import Plan
+from lit_sparse.budget import Budget
+from lit_sparse.recipes.benchmark.cost import BACKWARD, FORWARD
+from lit_sparse.recipes.estimate.gpus import Gpu
+from lit_sparse.recipes.estimate.model import Model
+from lit_sparse.recipes.estimate.step import Recipe
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a stage, and how much of the causal pairs is executed.
+
+    Args:
+        products: of the model's matrices with tokens.
+        attention: of the executed pairs.
+        selection: scores of tiles and blocks.
+        dense_attention: of all causal pairs, instead of both.
+        executed: executed pairs / causal pairs, mean of the layers.
+    """
+
+    products: float
+    attention: float
+    selection: float
+    dense_attention: float
+    executed: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.selection
+
+    @property
+    def dense(self) -> float:
+        """With dense attention."""
+        return self.products + self.dense_attention
+
+    def days(self, gpu: Gpu, gpus: int, utilisation: float) -> float:
+        return self.total / (gpus * gpu.tflops * 1e12 * utilisation) / 86400
+
+
+def work(
+    model: Model,
+    recipe: Recipe,
+    budgets: Mapping[Budget, int],
+    plan: Callable[[Budget], Plan],
+    rows: int,
+) -> Work:
+    """Of `rows` rows.
+
+    A parameter of a matrix costs 2 FLOPs a token in the forward and 4 in the backward, and 2 more
+    wherever the forward runs again: with activation checkpointing (where PyTorch spares a layer's
+    last product), in a tiled MLP, and in the chunked loss. A pair of attention costs `FORWARD` and
+    `BACKWARD` FLOPs a head dimension; a scored row and block 2. Norms, activations, softmax and the
+    optimizer are not counted.
+    """
+    per_token = (6 + 2 * recipe.recompute) * model.matrices
+    per_token += 2 * model.mlp * (recipe.tiled_mlp is not None)
+    per_token += (6 if recipe.loss == "liger" else 8) * model.head
+    forwards = 1 + recipe.recompute
+    pairs = FORWARD * forwards + BACKWARD
+    dimensions = model.heads * model.head_dim
+    executed = scored = causal = tokens = 0
+    for budget, layers in budgets.items():
+        one = plan(budget)
+        executed += layers * executed_pairs(one)
+        scored += layers * scored_pairs(one)
+        causal += layers * causal_pairs(one)
+        tokens = one.queries[-1]
+    return Work(
+        products=rows * float(per_token) * tokens,
+        attention=rows * float(pairs * dimensions) * executed,
+        selection=rows * float(2 * forwards * dimensions) * scored,
+        dense_attention=rows * float(pairs * dimensions) * causal,
+        executed=executed / causal,
+    )
+
+
+def causal_pairs(plan: Plan) -> int:
+    """(query, key) pairs of a head in dense attention."""
+    lengths = np.diff(plan.queries)
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def executed_pairs(plan: Plan) -> int:
+    """Pairs that the kernels compute: every listed block whole, in every row of its tile."""
+    if plan.keeps_everything:
+        return causal_pairs(plan)
+    return int(plan.offsets[-1]) * plan.block * plan.tile
+
+
+def scored_pairs(plan: Plan) -> int:
+    """(query, block) pairs that the selection scores: of tiles that drop something, and of those
+    before them.
+    """
+    before = np.append(plan.sparse[1:] & (plan.document[1:] == plan.document[:-1]), False)
+    return int(plan.complete[plan.sparse | before].sum()) * plan.tile

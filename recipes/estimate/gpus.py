@@ -1,0 +1,37 @@
+"""The GPUs that an estimate names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Args:
+    name: as the report writes it.
+    gigabytes: memory as the data sheet has it, taken as 10^9 bytes each. Drivers show somewhat
+        more, which is what the CUDA context, NCCL and fragmentation take.
+    tflops: peak of dense bfloat16 matrix products with float32 sums, in 10^12 FLOP/s.
+    """
+
+    name: str
+    gigabytes: int
+    tflops: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.gigabytes * 10**9
+
+
+GPUS = {
+    "h100": Gpu("H100", 80, 989.4),
+    "h200": Gpu("H200", 141, 989.4),
+    "b200": Gpu("B200", 180, 2250.0),
+    "a100-80": Gpu("A100 80GB", 80, 312.0),
+    "a100-40": Gpu("A100 40GB", 40, 312.0),
+    "l40s": Gpu("L40S", 48, 362.05),
+    "rtx4090": Gpu("RTX 4090", 24, 165.2),
+}
+"""From NVIDIA's data sheets (H100 SXM, H200 SXM, A100 SXM, L40S), the HGX B200 specification (a GPU
+of the eight; half of the rate with sparsity) and the Ada architecture white paper (RTX 4090)."""

@@ -1,0 +1,224 @@
+"""What an estimate reads of a config: the only place that knows the keys."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+
+from lit_sparse.attention.plan import Plan, make_plan
+from lit_sparse.attention.select import default_tile
+from lit_sparse.budget import Budget
+from lit_sparse.callbacks import ContextCurriculum, SparseAttention
+from lit_sparse.data import PackedTextDataModule
+from lit_sparse.distributed.options import deepspeed_config
+from lit_sparse.models import Law
+from lit_sparse.recipes.estimate.model import Model, read_model
+from lit_sparse.recipes.estimate.sharding import Sharding, Zero, refusal
+from lit_sparse.recipes.estimate.step import Recipe
+from lit_sparse.recipes.fit import SparseCLI
+from lit_sparse.training import Curriculum, Stage
+
+NODE = 8
+"""GPUs of a node, and at hand, where a config does not say."""
+
+_FULL = ("32", "32-true")
+_MIXED = ("16", "bf16", "16-mixed", "bf16-mixed")
+_HALF = ("16-true", "bf16-true")
+_PLAIN = ("auto", "ddp", "ddp_spawn", "single_device")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config, as far as memory and FLOPs depend on it.
+
+    Args:
+        name: of the config's files.
+        law: of the callback; stages may have budgets of their own.
+        precision: of the trainer.
+        activations: "keep", "recompute" or "offload".
+        tiled_mlp, loss, loss_chunk: see `Recipe`.
+        own: how the config shards, where it says on how many GPUs.
+        gpus: at hand; per_node: of them on a node.
+        zero: keys of a DeepSpeed config of the user's.
+        generates: whether a callback generates text.
+    """
+
+    name: str
+    model: Model
+    law: Law
+    curriculum: Curriculum
+    row_tokens: int
+    rows_per_step: int
+    precision: str
+    activations: str
+    tiled_mlp: int | None
+    loss: str
+    loss_chunk: int
+    own: Sharding | None
+    gpus: int
+    per_node: int
+    zero: Zero
+    generates: bool
+
+    def recipe(self, sharding: Sharding) -> Recipe:
+        """A step under a sharding: DeepSpeed casts the model where PyTorch alone casts products."""
+        autocast = sharding.stage is None and self.precision in _MIXED
+        return Recipe(
+            dtype=torch.float32 if autocast or self.precision in _FULL else torch.bfloat16,
+            autocast=autocast,
+            recompute=self.activations != "keep",
+            tiled_mlp=self.tiled_mlp,
+            loss=self.loss,
+            loss_chunk=self.loss_chunk,
+        )
+
+    def budgets(self, stage: Stage) -> Mapping[Budget, int]:
+        """The budgets of a stage -> how many layers have it."""
+        if stage.attention == "dense":
+            return {Budget.dense(): self.model.layers}
+        budget = stage.budget or self.law.budget
+        return Counter(self.law.layers.get(i, budget) for i in range(self.model.layers))
+
+    def plan(self, length: int, budget: Budget, row_tokens: int | None = None) -> Plan:
+        """Of a row full of documents of so many tokens; a last one is what is left."""
+        row = row_tokens or self.row_tokens
+        bounds = (*range(0, row, length), row)
+        tile = self.law.tile or default_tile(self.model.groups)
+        return make_plan(bounds, bounds, budget, self.law.block, tile)
+
+
+def read_settings(argv: list[str], gpus: int | None) -> Settings:
+    """The settings of `lit-sparse fit ARGV`, on so many GPUs at hand (None: those of the config).
+
+    Raises:
+        ValueError, NotImplementedError: what fit would refuse, as far as that shows without data,
+            weights and GPUs; a strategy that is not known here.
+    """
+    config = _parse(argv)
+    attention, curriculum = _callbacks(config)
+    data = PackedTextDataModule(**config.data.as_dict(), curriculum=curriculum)
+    curriculum.check(row_tokens=data.row_tokens, block=attention.block)
+    precision = str(config.trainer.precision or "32-true")
+    if precision not in (*_FULL, *_MIXED, *_HALF):
+        raise ValueError(f"trainer.precision: {precision} is not estimated; take bf16-true")
+    model = read_model(config.model.pretrained, config.model.architecture)
+    named, node = _gpus_of(config.trainer)
+    at_hand = gpus or named or NODE
+    own, zero = _strategy(config.trainer.strategy, named, at_hand)
+    divided = data.rows_per_step, data.row_tokens, model.kv_heads
+    if own is not None and named is None and refusal(own, *divided):
+        own = replace(own, gpus=own.sequence)  # the fewest that it can be on
+    if own is not None and (wrong := refusal(own, *divided)):
+        raise ValueError(wrong)
+    return Settings(
+        name="+".join(Path(str(path)).stem for path in config.config),
+        model=model,
+        law=attention.law,
+        curriculum=curriculum,
+        row_tokens=data.row_tokens,
+        rows_per_step=data.rows_per_step,
+        precision=precision,
+        **_model_keys(config.model),
+        own=own,
+        gpus=at_hand,
+        per_node=node,
+        zero=zero,
+        generates=_generates(config.trainer.callbacks),
+    )
+
+
+class _Parsed(SparseCLI):
+    """Checks every key of a config, and builds nothing."""
+
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**options)
+        parser.exit_on_error = False
+        return parser
+
+    def _set_seed(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def _parse(argv: list[str]) -> Namespace:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+        try:
+            return _Parsed(["fit", *argv]).config["fit"]
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
+
+
+def _callbacks(config: Namespace) -> tuple[SparseAttention, Curriculum]:
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(SparseAttention, "sparse_attention")
+    parser.add_lightning_class_args(ContextCurriculum, "curriculum")
+    parts = {name: config[name] for name in ("sparse_attention", "curriculum")}
+    made = parser.instantiate_classes(Namespace(**parts))
+    return made.sparse_attention, made.curriculum.curriculum
+
+
+def _model_keys(model: Namespace) -> dict[str, Any]:
+    """Keys of `model` that decide the bytes of a step; those that a version lacks are as if left
+    out.
+    """
+    recompute = bool(model.get("gradient_checkpointing"))
+    return {
+        "activations": model.get("activations") or ("recompute" if recompute else "keep"),
+        "tiled_mlp": model.get("tiled_mlp"),
+        "loss": model.get("loss") or "chunked",
+        "loss_chunk": model.get("loss_chunk") or 1024,
+    }
+
+
+def _gpus_of(trainer: Namespace) -> tuple[int | None, int]:
+    """GPUs that the trainer names, None where it leaves that open, and those of a node."""
+    devices, nodes = trainer.devices, trainer.num_nodes or 1
+    if isinstance(devices, (list, tuple)):
+        devices = len(devices)
+    if not str(devices).isdigit():
+        return None, NODE
+    return int(devices) * nodes, int(devices) if nodes > 1 else NODE
+
+
+def _strategy(strategy: Any, named: int | None, at_hand: int) -> tuple[Sharding | None, Zero]:
+    """How the config shards, and the keys of its DeepSpeed config."""
+    name, given = strategy, Namespace()
+    if isinstance(strategy, Namespace):
+        name, given = strategy.class_path, strategy.get("init_args") or Namespace()
+    name = str(name).rpartition(".")[2]
+    if name in ("DeepSpeedSparseStrategy", "deepspeed_sparse"):
+        stage, sequence = given.get("stage", 2), given.get("sequence_parallel", 1)
+        offloads = [given.get(key) for key in ("offload_optimizer", "offload_parameters")]
+        # NVMe is for the machine that trains to have; its bytes are counted like CPU memory.
+        optimizer, parameters = ("cpu" if device == "nvme" else device for device in offloads)
+        checked = deepspeed_config(stage, optimizer, parameters, None, given.get("config"))
+        sharding = Sharding(named or at_hand, stage, sequence, *offloads)
+        return sharding, Zero.of(checked["zero_optimization"])
+    if name not in _PLAIN and name != "DDPStrategy":
+        raise ValueError(
+            f"trainer.strategy: {name} is not estimated; take deepspeed_sparse, ddp or auto"
+        )
+    return (None if named is None else Sharding(named, None)), Zero()
+
+
+def _generates(callbacks: Any) -> bool:
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return any(
+        callback.class_path.endswith(".PasskeyEval")
+        and (callback.get("init_args") or {}).get("generate", True)
+        for callback in given
+    )

@@ -1,0 +1,197 @@
+"""A training step on tensors without memory: how many bytes are alive, when, and what for.
+
+The modules are transformers' and the loss is ours, so that what they save, cast and compute again
+needs no formula. One or two layers are enough: what each further one keeps is the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from lit_sparse.attention.plan import Plan
+from lit_sparse.recipes.estimate.attention import Counted, count_attention
+from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
+from lit_sparse.recipes.estimate.model import Model
+from lit_sparse.training.loss import chunked_cross_entropy
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the bytes of a step, besides model and tokens.
+
+    Args:
+        dtype: of the weights.
+        autocast: whether products run in bfloat16 beside weights of float32 (Lightning's
+            bf16-mixed, where DeepSpeed does not cast the model).
+        recompute: whether a layer keeps its input alone (activation checkpointing).
+        tiled_mlp: parts of the row that an MLP computes one after the other; None: all at once.
+        loss: "chunked", "tiled" (counted like chunked) or "liger".
+        loss_chunk: tokens whose logits exist at a time.
+    """
+
+    dtype: torch.dtype
+    autocast: bool = False
+    recompute: bool = False
+    tiled_mlp: int | None = None
+    loss: str = "chunked"
+    loss_chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class DecoderBytes:
+    """Bytes of forward and backward on the part of a row that one rank computes.
+
+    Weights and their gradients do not count, but for a gradient that is being computed.
+
+    Args:
+        once: kept for the backward whatever the number of layers is.
+        layer: kept by each layer.
+        work: what the largest moment of the backward has more than that.
+    """
+
+    once: Bytes
+    layer: Bytes
+    work: Bytes
+
+
+def decoder_bytes(model: Model, recipe: Recipe, plan: Plan, sequence: int) -> DecoderBytes:
+    """Of all but the head, with the attention of `plan` (of the whole row) in every layer.
+
+    Args:
+        sequence: ranks that share the row.
+    """
+    tokens = plan.queries[-1] // sequence
+    kept: list[Bytes] = []
+    for layers in (2, 1):
+        with _without_memory():
+            decoder = _decoder(model, recipe, layers)
+            with LiveBytes() as live:
+                count_attention(decoder, Counted.of(live, plan, sequence))
+                hidden = _forward(decoder, recipe, tokens)
+                kept.append(Counter(live.now))
+                if layers == 1:
+                    loss = _Loss.apply(hidden)
+                    del hidden
+                    live.forget_peak()
+                    loss.backward()
+    two, one = kept
+    layer = difference(two, one)
+    return DecoderBytes(difference(one, layer), layer, difference(live.peak, one))
+
+
+def prefill_bytes(model: Model, recipe: Recipe, plan: Plan) -> int:
+    """The largest moment of a forward without gradients, beside weights and key-value cache."""
+    with _without_memory(), torch.no_grad():
+        decoder = _decoder(model, recipe, layers=1)
+        with LiveBytes() as live:
+            count_attention(decoder, Counted.of(live, plan))
+            _forward(decoder, recipe, plan.queries[-1])
+    return live.peak.total()
+
+
+def loss_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
+    """The largest moment of the head and the loss, beside the last hidden states."""
+    if recipe.loss == "liger":
+        return _liger_bytes(model, recipe, tokens)
+    chunks = -(-tokens // recipe.loss_chunk)
+    if chunks <= 3:
+        return _chunked_bytes(model, recipe, tokens)
+    # Every further chunk adds the gradient of its hidden states.
+    two, three = (_chunked_bytes(model, recipe, n * recipe.loss_chunk) for n in (2, 3))
+    return three + (chunks - 3) * (three - two)
+
+
+def _chunked_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
+    with _without_memory():
+        head = _freeing(nn.Linear(model.hidden, model.vocabulary, bias=False, dtype=recipe.dtype))
+        hidden = torch.empty(tokens, model.hidden, dtype=recipe.dtype, requires_grad=True)
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        with LiveBytes("logits") as live:
+            with _autocast(recipe):
+                loss = chunked_cross_entropy(hidden, head, labels, recipe.loss_chunk)
+            loss.backward()
+    return live.peak.total()
+
+
+def _liger_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
+    """Liger's fused linear cross entropy (arXiv 2410.10989): gradients of hidden states and head
+    are made in the forward, from the logits of a chunk that is as large as the hidden states.
+    """
+    shrink = -(-model.vocabulary // model.hidden)
+    rows = 2 ** (-(-tokens // shrink) - 1).bit_length()
+    numbers = tokens * model.hidden + model.head + rows * model.vocabulary
+    return numbers * recipe.dtype.itemsize + 4 * tokens
+
+
+def difference(a: Bytes, b: Bytes) -> Bytes:
+    """a - b, which a Counter would cut at 0."""
+    return Counter({name: a[name] - b[name] for name in a | b})
+
+
+def _without_memory() -> FakeTensorMode:
+    # The tables of a plan come from the host as they are.
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _decoder(model: Model, recipe: Recipe, layers: int) -> Any:
+    from transformers import AutoModel
+
+    decoder: Any = AutoModel.from_config(model.shallow(layers), dtype=recipe.dtype).train()
+    if recipe.tiled_mlp is not None:
+        for layer in decoder.layers:
+            layer.mlp.forward = partial(_tiled, layer.mlp.forward, recipe.tiled_mlp)
+    if recipe.recompute:
+        decoder._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+        )
+    return _freeing(decoder)
+
+
+def _forward(decoder: Any, recipe: Recipe, tokens: int) -> Tensor:
+    ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
+    # transformers passes a 4D mask on as it is; without one it would look for padding and
+    # documents in the data.
+    mask = torch.zeros(1, 1, 1, 1)
+    with _autocast(recipe):
+        return decoder(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+
+def _tiled(mlp: Callable[[Tensor], Tensor], tiles: int, x: Tensor) -> Tensor:
+    """DeepSpeed's tiled MLP (arXiv 2506.13996): each part is computed again in the backward."""
+    parts = [checkpoint(mlp, part, use_reentrant=False) for part in x.chunk(tiles, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _autocast(recipe: Recipe) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast)
+
+
+def _freeing(module: nn.Module) -> Any:
+    """The module, whose gradients are gone as soon as they are whole: they count elsewhere."""
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return module
+
+
+class _Loss(torch.autograd.Function):
+    """Stands for the loss: its backward gives the gradient of the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype)
