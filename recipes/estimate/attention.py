@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ tensors' addresses and no memory to speak of.
 
 @dataclass(frozen=True)
 class Counted:
-    """Args:
-    live: who counts; as "selection" what making the lists takes, else as "attention".
-    plan: of the whole row.
-    sequence: ranks that share the row: each has all its tokens and a part of the heads.
+    """The attention of one rank.
+
+    Args:
+        live: who counts; as "selection" what making the lists takes, else as "attention".
+        plan: of the whole row.
+        sequence: ranks that share the row: each attends over all its tokens with a part of the
+            heads.
     """
 
     live: LiveBytes
@@ -58,9 +62,18 @@ class Counted:
 
 
 def count_attention(decoder: Any, counted: Counted) -> None:
-    """Have the layers of a transformers decoder call this attention."""
+    """Have the layers of a transformers decoder call this attention.
+
+    Raises:
+        NotImplementedError: Triton is not installed.
+    """
     from transformers import AttentionInterface
 
+    if find_spec("triton") is None:
+        raise NotImplementedError(
+            "the memory of attention is that of the Triton kernels, but triton is not installed: "
+            "pip install triton (on Linux)"
+        )
     AttentionInterface.register(_NAME, _forward)
     decoder.config._attn_implementation = _NAME
     for layer in decoder.layers:

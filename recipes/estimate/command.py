@@ -25,11 +25,12 @@ def main(argv: list[str]) -> int:
         gpus = _check(options, config)
         # transformers and Lightning take seconds to import.
         from lit_sparse.recipes.estimate import report
+        from lit_sparse.recipes.estimate.result import Estimate
         from lit_sparse.recipes.estimate.settings import read_settings
         from lit_sparse.recipes.fit import resolve_configs
 
         settings = read_settings(resolve_configs(config), options.devices)
-        found = report.Estimate.of(settings, gpus, options.utilisation)
+        found = Estimate.of(settings, gpus, options.utilisation)
         if options.json is not None:
             write_json(options.json, found.to_dict())
     except (ValueError, NotImplementedError, OSError) as error:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Args:
-    name: as the report writes it.
-    gigabytes: memory as the data sheet has it, taken as 10^9 bytes each. Drivers show somewhat
-        more, which is what the CUDA context, NCCL and fragmentation take.
-    tflops: peak of dense bfloat16 matrix products with float32 sums, in 10^12 FLOP/s.
+    """A GPU by its data sheet.
+
+    Args:
+        name: as the report writes it.
+        gigabytes: of memory, taken as 10^9 bytes each. Drivers show somewhat more; what is more is
+            left to the CUDA context, NCCL and fragmentation.
+        tflops: peak of dense bfloat16 matrix products with float32 sums, in 10^12 FLOP/s.
     """
 
     name: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lit_sparse.models import build_model, check_support
@@ -80,11 +81,14 @@ def read_model(pretrained: str | None, architecture: Mapping[str, Any] | None) -
         ValueError: the config of no model that sparse attention knows.
         NotImplementedError: a layer has what sparse attention has not.
     """
-    with torch.device("meta"):
-        if pretrained is not None and architecture is None:
-            model: Any = _from_directory(Path(pretrained))
-        else:
-            model = build_model(pretrained, architecture)
+    try:
+        with torch.device("meta"):
+            if pretrained is not None and architecture is None:
+                model: Any = _from_directory(Path(pretrained))
+            else:
+                model = build_model(pretrained, architecture)
+    except StrictDataclassError as error:  # transformers' checks of a config
+        raise ValueError(f"model: {error.__cause__ or error}") from error
     check_support(model)
     layers = model.base_model.layers
     return Model(

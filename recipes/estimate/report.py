@@ -1,10 +1,9 @@
-"""An estimate in words and tables, and as JSON."""
+"""An estimate in words and tables."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from lit_sparse.recipes.benchmark.cost import BACKWARD, FORWARD
@@ -12,8 +11,9 @@ from lit_sparse.recipes.benchmark.report import render_table, tokens, wrap
 from lit_sparse.recipes.estimate.compute import Work
 from lit_sparse.recipes.estimate.gpus import Gpu
 from lit_sparse.recipes.estimate.memory import PARTS, Memory
+from lit_sparse.recipes.estimate.result import Estimate
 from lit_sparse.recipes.estimate.settings import Settings
-from lit_sparse.recipes.estimate.sizing import Sizing, remedies, smallest, stage_work
+from lit_sparse.recipes.estimate.sizing import remedies, smallest
 
 NOTE = (
     "Rows are assumed full of documents of the stage's length. FLOPs of what is executed: 2 a "
@@ -21,105 +21,17 @@ NOTE = (
     "(activation checkpointing, chunked loss, tiled MLP); in attention {forward} and {backward} a "
     "pair and head dimension, of whole blocks in whole tiles (executed: these pairs / causal "
     "pairs; dense: all causal pairs). Days: at {utilisation:.0%} of the data sheet's dense bf16 "
-    "peak of all GPUs. Memory of one GPU, in {unit}: states, and the largest of what does not "
-    "happen at a time: training (the backward of a layer), the loss (logits, beside what layers "
-    "keep), the optimizer step, and generation where a callback does that (cache: at the longest "
-    "length, whole on each GPU; beside a forward). It is of the stage that needs most, without "
-    "torch.compile, on the Triton kernels. buffers: DeepSpeed's reduction bucket, in ZeRO 3 also "
-    "gathered and fetched weights. step: float32 gradients and AdamW's temporary. CPU: what is "
-    "offloaded, of a node. A GPU's gigabyte is taken as 10^9 bytes; what it holds more is for the "
-    "CUDA context, NCCL and fragmentation."
+    "peak of all GPUs, whatever the sharding. Memory of one GPU, in {unit}: states, and the "
+    "largest of what does not happen at a time: training (the backward of a layer), the loss "
+    "(logits, beside what layers keep), the optimizer step, and generation where a callback does "
+    "that (cache: at the longest length, whole on each GPU; beside a forward). It is of the stage "
+    "that needs most, without torch.compile, on the Triton kernels. buffers: DeepSpeed's reduction "
+    "bucket, in ZeRO 3 also gathered and fetched weights. step: float32 gradients and AdamW's "
+    "temporary. CPU: what is offloaded, of a node. A GPU's gigabyte is taken as 10^9 bytes; what "
+    "it holds more is for the CUDA context, NCCL and fragmentation."
 )
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Args:
-    work: of each stage; memories: of every sharding on a divisor of the GPUs at hand.
-    own: that of the config, where it says how it shards.
-    """
-
-    settings: Settings
-    gpus: Sequence[Gpu]
-    utilisation: float
-    work: Sequence[Work]
-    memories: Sequence[Memory]
-    own: Memory | None
-
-    @classmethod
-    def of(cls, settings: Settings, gpus: Sequence[Gpu], utilisation: float) -> Estimate:
-        sizing = Sizing(settings)
-        return cls(
-            settings=settings,
-            gpus=gpus,
-            utilisation=utilisation,
-            work=[stage_work(settings, stage) for stage in settings.curriculum.stages],
-            memories=sizing.up_to(settings.gpus),
-            own=None if settings.own is None else sizing.memory(settings.own),
-        )
-
-    @property
-    def used(self) -> int:
-        """GPUs at hand, as far as rows and heads can be divided among them."""
-        return max(memory.sharding.gpus for memory in self.memories)
-
-    def days(self, gpu: Gpu, gpus: int) -> float:
-        """Of all stages."""
-        return sum(work.days(gpu, gpus, self.utilisation) for work in self.work)
-
-    def tokens(self, steps: int) -> int:
-        return steps * self.settings.rows_per_step * self.settings.row_tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """All numbers: bytes, FLOPs, days."""
-        settings, model = self.settings, self.settings.model
-        return {
-            "model": {
-                name: getattr(model, name)
-                for name in ("parameters", "matrices", "head", "mlp", "largest", "layers")
-            },
-            "precision": settings.precision,
-            "activations": settings.activations,
-            "utilisation": self.utilisation,
-            "gpus": {gpu.name: {"memory": gpu.memory, "tflops": gpu.tflops} for gpu in self.gpus},
-            "stages": [
-                {
-                    "length": stage.length,
-                    "steps": stage.steps,
-                    "tokens": self.tokens(stage.steps),
-                    **asdict(work),
-                    "days": {
-                        gpu.name: work.days(gpu, self.used, self.utilisation) for gpu in self.gpus
-                    },
-                }
-                for stage, work in zip(settings.curriculum.stages, self.work, strict=True)
-            ],
-            "shardings": [self._entry(memory) for memory in self.memories],
-            "own": self.own and self._entry(self.own),
-            "smallest": {
-                gpu.name: (best := smallest(self.memories, gpu)) and self._entry(best)
-                for gpu in self.gpus
-            },
-        }
-
-    def _entry(self, memory: Memory) -> dict[str, Any]:
-        return {
-            **asdict(memory.sharding),
-            "states": asdict(memory.states),
-            "rows": [
-                {"backward": {name: row.backward[name] for name in PARTS}}
-                | {name: getattr(row, name) for name in ("kept", "logits", "cpu", "peak")}
-                for row in memory.rows
-            ],
-            "cache": memory.cache,
-            "prefill": memory.prefill,
-            "peak": memory.peak,
-            "moment": memory.moment,
-            "cpu_of_node": memory.cpu(self.settings.per_node),
-            "days": {gpu.name: self.days(gpu, memory.sharding.gpus) for gpu in self.gpus},
-        }
 
 
 def lines(found: Estimate) -> list[str]:
@@ -261,12 +173,31 @@ def _remarks(found: Estimate) -> list[str]:
             f"{settings.rows_per_step} has to divide among GPUs / sp, and sp divides the row and "
             f"the {settings.model.kv_heads} key-value heads."
         )
-    if settings.precision.startswith("32"):
-        said.append(
-            f"trainer.precision is {settings.precision}: on GPUs the kernels take bfloat16 and "
-            "float16; --trainer.precision bf16-true estimates that."
-        )
+    said += [f"The GPU kernels do not run this: {what}." for what in _refused(settings)]
     return said
+
+
+def _refused(settings: Settings) -> list[str]:
+    """What the Triton backend would refuse of a config."""
+    from lit_sparse.attention.triton.backend import DIMS, LEAST_BLOCK, MOST_GROUPS
+
+    model, (least, most) = settings.model, DIMS
+    refusals = {
+        f"trainer.precision {settings.precision} (take bf16-true)": settings.precision[:2] == "32",
+        f"head_dim {model.head_dim} (a multiple of 16 from {least} to {most})": (
+            model.head_dim % 16 or not least <= model.head_dim <= most
+        ),
+        f"sparse_attention.block {settings.law.block} (at least {LEAST_BLOCK})": (
+            settings.law.block < LEAST_BLOCK
+        ),
+        f"{model.groups} query heads per key-value head (at most {MOST_GROUPS})": (
+            model.groups > MOST_GROUPS
+        ),
+        f"sparse_attention.score {settings.law.score} (mass; this one takes more memory)": (
+            settings.law.score != "mass"
+        ),
+    }
+    return [what for what, refused in refusals.items() if refused]
 
 
 def _unit(memories: Sequence[Memory]) -> tuple[str, int]:

@@ -176,12 +176,19 @@ def _model_keys(model: Namespace) -> dict[str, Any]:
     out.
     """
     recompute = bool(model.get("gradient_checkpointing"))
-    return {
+    keys = {
         "activations": model.get("activations") or ("recompute" if recompute else "keep"),
         "tiled_mlp": model.get("tiled_mlp"),
         "loss": model.get("loss") or "chunked",
         "loss_chunk": model.get("loss_chunk") or 1024,
     }
+    for key, known in (
+        ("activations", ("keep", "recompute", "offload")),
+        ("loss", ("chunked", "tiled", "liger")),
+    ):
+        if keys[key] not in known:
+            raise ValueError(f"model.{key} must be one of {', '.join(known)}, got {keys[key]!r}")
+    return keys
 
 
 def _gpus_of(trainer: Namespace) -> tuple[int | None, int]:

@@ -32,11 +32,13 @@ _REDUCED = 500_000_000
 
 @dataclass(frozen=True)
 class Sharding:
-    """Args:
-    gpus: data-parallel times sequence-parallel ranks.
-    stage: of ZeRO; None: plain PyTorch (DDP on several GPUs).
-    sequence: ranks that share a row.
-    offload_optimizer, offload_parameters: "cpu" (or "nvme", which counts as CPU memory) or None.
+    """How GPUs share a run.
+
+    Args:
+        gpus: data-parallel times sequence-parallel ranks.
+        stage: of ZeRO; None: plain PyTorch (DDP on several GPUs).
+        sequence: ranks that share a row.
+        offload_optimizer, offload_parameters: "cpu", "nvme" (counted as CPU memory) or None.
     """
 
     gpus: int
