@@ -20,9 +20,9 @@ def set_activations(model: nn.Module, kind: str) -> None:
 
     Args:
         model: its layers are checkpointed by transformers' own gradient checkpointing.
-        kind: "keep": all that autograd saves. "recompute": the input [B, T, D] of each layer; the
-            rest is computed again, layer by layer, in the backward. "offload": the same, and those
-            inputs wait in CPU memory, pinned where the model trains on a GPU.
+        kind: "keep": all that autograd saves, as the model is built. "recompute": the input
+            [B, T, D] of each layer; the rest is computed again, layer by layer, in the backward.
+            "offload": the same, and those inputs wait in CPU memory, pinned where there is a GPU.
 
     Raises:
         ValueError: another kind, or a model that cannot be checkpointed.

@@ -96,8 +96,8 @@ def check_strategy(trainer: Trainer, key: str) -> None:
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DeepSpeedStrategy):
         raise ValueError(
             f"{key} trains on {trainer.world_size} processes under DeepSpeed only: a parameter "
-            f"gets a gradient once a tile, and {type(trainer.strategy).__name__} would average the "
-            "first; set trainer.strategy to a DeepSpeed one, or use model.tiled_mlp: null and "
+            f"gets a gradient once a tile, and {type(trainer.strategy).__name__} takes the first "
+            "for the whole; set trainer.strategy to a DeepSpeed one, or model.tiled_mlp: null and "
             "model.loss: chunked"
         )
 

@@ -1,8 +1,12 @@
 """A tiny sparse model on a packed row, and what memory features must not change: its gradients."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,15 +81,37 @@ def plain_loss():
 def train(plain_loss):
     """Runs a model on a row; gives its loss and the gradients of its parameters by name."""
 
-    def run(model, row, loss=plain_loss, scale=0.01):
+    def run(model, row, loss=plain_loss, scale=0.01, forward=nullcontext):
         model.zero_grad()
-        hidden = model.base_model(
-            input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False
-        ).last_hidden_state
-        total = loss(model, hidden, row["labels"])
+        with forward():
+            hidden = model.base_model(
+                input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False
+            ).last_hidden_state
+            total = loss(model, hidden, row["labels"])
         (total * scale).backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return total.detach(), grads
+
+    return run
+
+
+@pytest.fixture
+def train_and_save(train):
+    """What `train` gives, and the bytes that its forward leaves for the backward, weights apart."""
+
+    def run(model, row, **options):
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}  # storages, held so that no address comes twice
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        hooks = partial(saved_tensors_hooks, pack, lambda tensor: tensor)
+        result = train(model, row, forward=hooks, **options)
+        return result, sum(storage.nbytes() for storage in kept.values())
 
     return run
 
@@ -106,7 +132,7 @@ def assert_same():
 
 
 class Widths(TorchDispatchMode):
-    """Rows of the largest tensor with a last dimension of `width` that is computed."""
+    """Rows of the largest tensor with a last dimension of `width` that is computed: `rows`."""
 
     def __init__(self, width):
         super().__init__()
@@ -122,7 +148,7 @@ class Widths(TorchDispatchMode):
 
 @pytest.fixture
 def rows_of():
-    """`with rows_of(width) as found`: found.rows is the most rows of that width computed at once."""
+    """`with rows_of(width) as found` counts in `found.rows`."""
     return Widths
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
 
+from lit_sparse import unsparsify
 from lit_sparse.training import activations
 from lit_sparse.training.activations import set_activations
 
@@ -23,26 +24,6 @@ def offloaded(monkeypatch):
     return kept
 
 
-def _saved_on_device(model, row, train):
-    """The tensors that autograd keeps where they are, weights apart, and what `train` gives."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = tensor  # holds the storage: no address comes twice
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = train(model, row)
-    return list(kept.values()), result
-
-
-def _bytes(tensors):
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
 @pytest.mark.parametrize("kind", ["recompute", "offload"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_gradients_stay(tiny, row, train, assert_same, kind, architecture):
@@ -53,25 +34,41 @@ def test_gradients_stay(tiny, row, train, assert_same, kind, architecture):
 
 
 def test_only_the_inputs_of_layers_are_kept_and_the_offload_gets_them(
-    tiny, row, train, assert_same, offloaded
+    tiny, row, train_and_save, assert_same, offloaded
 ):
-    kept, results = {}, {}
+    model, inputs, saved, results = tiny(), [], {}, {}
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for kind in ("keep", "recompute", "offload"):
-        model, inputs = tiny(), []
+        assert not offloaded
         set_activations(model, kind)
-        for layer in model.model.layers:
-            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        kept[kind], results[kind] = _saved_on_device(model, row, train)
-        if kind != "offload":
-            assert not offloaded
-    assert len(offloaded) == len(inputs) == 2
-    assert all(torch.equal(a, b) for a, b in zip(offloaded, inputs, strict=True))
+        results[kind], saved[kind] = train_and_save(model, row)
+    assert len(offloaded) == 2
+    assert all(torch.equal(a, b) for a, b in zip(offloaded, inputs[-2:], strict=True))
     assert_same(results["offload"], results["keep"])
 
     # What recomputation keeps is the inputs of the layers and what is outside of them.
-    here = _bytes(kept["offload"])
-    assert _bytes(kept["recompute"]) == here + _bytes(offloaded)
-    assert _bytes(kept["keep"]) > 4 * _bytes(kept["recompute"])
+    inputs_of_layers = sum(tensor.untyped_storage().nbytes() for tensor in offloaded)
+    assert saved["recompute"] == saved["offload"] + inputs_of_layers
+    assert saved["keep"] > 4 * saved["recompute"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_a_gpu_falls(tiny, row):
+    ids, positions = row["input_ids"].cuda(), row["position_ids"].cuda()
+    held, gradients = {}, {}
+    for kind in ("keep", "recompute", "offload"):
+        model = unsparsify(tiny()).cuda()
+        set_activations(model, kind)
+        before = torch.cuda.memory_allocated()
+        hidden = model.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        held[kind] = torch.cuda.memory_allocated() - before
+        hidden.square().sum().backward()
+        gradients[kind] = model.model.embed_tokens.weight.grad
+    assert held["keep"] > held["recompute"] > held["offload"]
+    for kind in ("recompute", "offload"):
+        torch.testing.assert_close(gradients[kind], gradients["keep"])
 
 
 def test_an_unknown_kind_is_named(tiny):

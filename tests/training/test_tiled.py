@@ -1,6 +1,7 @@
 """DeepSpeed's tiled MLP: gradients stay, and what an MLP computes exists for one tile."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -30,15 +31,17 @@ def test_every_architecture_with_its_layers_recomputed(tiny, row, train, assert_
     assert_same(train(model, row), plain)
 
 
-def test_a_tile_exists_at_a_time(tiny, row, train, rows_of, inner):
+def test_a_tile_exists_at_a_time(tiny, row, train_and_save, rows_of, inner):
     model = tiny()
     with rows_of(inner) as whole:
-        train(model, row)
+        _, saved = train_and_save(model, row)
     tile_mlps(model, 4)
     with rows_of(inner) as tiled:
-        train(model, row)
+        _, saved_tiled = train_and_save(model, row)
     assert whole.rows == 221
     assert tiled.rows == 56
+    # Of each MLP at least four float32 tensors [tokens, inner] are no longer kept.
+    assert saved - saved_tiled >= 2 * 4 * 4 * 221 * inner
 
 
 def test_rows_of_a_batch(tiny, train, assert_same):
@@ -52,7 +55,7 @@ def test_rows_of_a_batch(tiny, train, assert_same):
 
 @pytest.mark.parametrize("learns", ["layers.0.mlp", "embed_tokens"])
 def test_parts_that_are_frozen(tiny, row, train, assert_same, learns):
-    """An MLP learns though nothing before it does, and lets a gradient through though it does not."""
+    """An MLP learns though nothing before it does; a frozen one lets the gradient through."""
     model = tiny()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns in name)
@@ -117,6 +120,15 @@ def test_ranks_without_deepspeed_are_refused(architecture, options):
     key = next(iter(options))
     with pytest.raises(ValueError, match=rf"model.{key}.* trains on 2 processes under DeepSpeed"):
         module.on_fit_start()
+
+
+@pytest.mark.parametrize("options", [{"tiled_mlp": 2}, {"loss": "tiled"}])
+def test_without_deepspeed(architecture, monkeypatch, options):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    key = next(iter(options))
+    with pytest.raises(ValueError, match=rf"model.{key}.* needs DeepSpeed: pip install"):
+        SparseLM(architecture=architecture, **options)
 
 
 @pytest.mark.parametrize("tiles", [0, True, 1.5])
