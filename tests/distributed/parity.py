@@ -136,9 +136,9 @@ def train(
 
 
 def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
-    """Two optimizer steps, of which the first is clipped."""
+    """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
-    data = Rows(data_size * accumulate, steps=2)
+    data = Rows(data_size * accumulate, steps=3)
     train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05)
     return {"gradients": keep.gradients, "logged": keep.logged}
 
@@ -152,7 +152,9 @@ def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
 
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
-    """What the ranks of one size find, by case: (stage, accumulation), "ddp", "curve"."""
+    """What the ranks of one size find, by case: (stage, accumulation), "ddp",
+    ("offload", stage), "curve".
+    """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
     for stage, accumulate in CASES:
@@ -160,6 +162,13 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
         found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
     if sequence_size == 1:
         found["ddp"] = gradients("ddp", data_size, 4, world)
+        for stage in (1, 2, 3):
+            strategy = DeepSpeedSparseStrategy(
+                stage=stage,
+                offload_optimizer="cpu",
+                offload_parameters="cpu" if stage == 3 else None,
+            )
+            found["offload", stage] = gradients(strategy, data_size, 4, world)
     if world == 4:
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)

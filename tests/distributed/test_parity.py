@@ -72,6 +72,11 @@ def test_plain_ddp_is_right_too(one, many):
     _same_gradients(many("2x1")["ddp"], one[8])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_to_the_cpu_changes_nothing(one, many, stage):
+    _same_gradients(many("2x1")["offload", stage], one[8])
+
+
 def test_thirty_steps_of_four_ranks_are_those_of_one(parity, many):
     alone = parity.curve("auto", 1, 1)
     assert alone[-1] < alone[0]
