@@ -87,7 +87,7 @@ def start(tmp_path, corpus):
 
 
 def _ends(ranks, log, within):
-    gone, alive = psutil.wait_procs(ranks, timeout=within)
+    _, alive = psutil.wait_procs(ranks, timeout=within)
     assert not alive
     assert ranks[0].returncode != 0
     text = log.read_text()
