@@ -3,7 +3,12 @@
 from lit_sparse.models.build import build_model
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
-from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
+from lit_sparse.models.rope import (
+    restore_frequencies,
+    rope_parameters,
+    set_max_positions,
+    set_rope,
+)
 from lit_sparse.models.sparsify import (
     Observation,
     alpha_factor,
@@ -16,8 +21,10 @@ from lit_sparse.models.sparsify import (
     scale_budget,
     set_budget,
     set_dense,
+    set_exchange,
     sparsify,
     unsparsify,
+    whole_sequences,
 )
 from lit_sparse.models.state import Law
 from lit_sparse.models.support import SUPPORTED, attention_layers, check_support, find_models
@@ -42,13 +49,16 @@ __all__ = [
     "is_sparse",
     "law_of",
     "observe",
+    "restore_frequencies",
     "rope_parameters",
     "rule_parameters",
     "scale_budget",
     "set_budget",
     "set_dense",
+    "set_exchange",
     "set_max_positions",
     "set_rope",
     "sparsify",
     "unsparsify",
+    "whole_sequences",
 ]

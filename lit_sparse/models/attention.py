@@ -19,6 +19,24 @@ def sparse_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' layers call: `attend_whole`, through the exchange of sequence-parallel
+    ranks where the model has one.
+    """
+    state = layer_state(module)
+    exchange = None if state is None else state.model.exchange
+    function = attend_whole if exchange is None else exchange
+    return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def attend_whole(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -30,7 +48,8 @@ def sparse_attention_forward(
     cu_seq_lens_k: Tensor | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Sparse attention under the contract of transformers' `AttentionInterface`.
+    """Sparse attention of whole sequences, under the contract of transformers'
+    `AttentionInterface`.
 
     Args:
         module: an attention layer of a model that went through `sparsify`.

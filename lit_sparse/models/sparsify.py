@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -183,6 +183,26 @@ def set_dense(model: nn.Module, dense: bool) -> None:
     The switch is of this process (a dense stage of training); law and config stay as they are.
     """
     _require_state(model).dense = dense
+
+
+def set_exchange(model: nn.Module, exchange: Callable[..., Any] | None) -> None:
+    """Let the ranks of a sequence-parallel group exchange heads for tokens around each attention
+    call of a sparsified model; None: every call has whole sequences. Of this process.
+    """
+    _require_state(model).exchange = exchange
+
+
+@contextmanager
+def whole_sequences(model: nn.Module) -> Iterator[None]:
+    """Inside, a sparsified model is called with whole sequences on every rank, as generation does,
+    although sequence-parallel ranks share those of training.
+    """
+    state = _require_state(model)
+    before, state.exchange = state.exchange, None
+    try:
+        yield
+    finally:
+        state.exchange = before
 
 
 @contextmanager

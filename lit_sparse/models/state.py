@@ -101,8 +101,8 @@ Observer = Callable[..., None]
 class ModelState:
     """What all layers of one sparsified model share.
 
-    `dense` and `observers` are switches of the running process: neither a checkpoint nor a copy of
-    the model keeps observers, and found documents refer to the original's tensors.
+    `dense`, `exchange` and `observers` are switches of the running process: no checkpoint keeps
+    them, no copy of the model the latter two, and found documents refer to the original's tensors.
     """
 
     numbered: ClassVar[WeakValueDictionary[int, ModelState]] = WeakValueDictionary()
@@ -114,6 +114,10 @@ class ModelState:
         self.take(law)
         self.backend = backend
         self.dense = False
+        self.exchange: Callable[..., Any] | None = None
+        """Where ranks share a sequence: called instead of the attention function, with the same
+        arguments, it calls that with whole sequences of fewer heads. `lit_sparse.distributed`.
+        """
         self.observers: list[tuple[Observer, frozenset[int] | None]] = []
         self.documents = DocumentCache()
         self._enrol()
@@ -142,7 +146,7 @@ class ModelState:
         self.number = _constant(number)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "observers": [], "documents": DocumentCache()}
+        return {**self.__dict__, "exchange": None, "observers": [], "documents": DocumentCache()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
+from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
 from lit_sparse.models import build_model
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
 from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
 from lit_sparse.training.tiled import check_strategy, tile_mlps
+
+_CALL = ("input_ids", "position_ids", "cu_seq_lens_q")
+"""What of a batch the decoder is called with."""
 
 
 class SparseLM(LightningModule):
@@ -45,6 +50,9 @@ class SparseLM(LightningModule):
 
     applies_stage_learning_rates = True
     """Asked for by `ContextCurriculum` where a stage sets a learning rate."""
+
+    shards_sequences = True
+    """Asked for by `DeepSpeedSparseStrategy` under sequence parallelism."""
 
     def __init__(
         self,
@@ -80,6 +88,7 @@ class SparseLM(LightningModule):
             tile_mlps(self.model, tiled_mlp)
         set_activations(self.model, activations)
         self._step_has_tokens = False
+        self._step_total: Tensor | None = None
 
     def on_fit_start(self) -> None:
         if self.hparams["tiled_mlp"] is not None:
@@ -87,7 +96,7 @@ class SparseLM(LightningModule):
         if self.hparams["loss"] == "tiled":
             check_strategy(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = self.model.get_input_embeddings().num_embeddings
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
@@ -103,32 +112,49 @@ class SparseLM(LightningModule):
         return getattr(self._datamodule, "store_names", [])
 
     def token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats and the number of loss tokens of one packed row."""
-        hidden = self.model.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).last_hidden_state
-        labels, kind, chunk = batch["labels"], self.hparams["loss"], self.hparams["loss_chunk"]
+        """Summed loss in nats and the number of loss tokens of one packed row, or of this rank's
+        part of it.
+        """
+        part = shard_sequence(batch, ranks_of(self.trainer)) if self._trainer else batch
+        call = {name: part[name] for name in _CALL if name in part}
+        hidden = self.model.base_model(**call, use_cache=False).last_hidden_state
+        labels, kind, chunk = part["labels"], self.hparams["loss"], self.hparams["loss_chunk"]
         return summed_loss(self.model, hidden, labels, kind, chunk), (labels != IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        total, count = self.token_loss(batch)
-        # The mean over the tokens of the whole optimizer step, whichever rank and micro-batch they
-        # are in: ranks average their gradients and Lightning divides by the accumulation.
-        ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        total, _ = self.token_loss(batch)
         step_tokens = batch["step_tokens"]
         self._step_has_tokens = bool(step_tokens > 0)
-        self.log("train/loss", total.detach() / count.clamp(min=1), prog_bar=True)
-        return total * (ranks * accumulate) / step_tokens.clamp(min=1)
+        self._log_loss(total.detach(), batch_idx, step_tokens)
+        # The mean over the tokens of the whole optimizer step, whichever rank and micro-batch they
+        # are in.
+        return total * gradient_divisor(self.trainer) / step_tokens.clamp(min=1)
+
+    def _log_loss(self, total: Tensor, batch_idx: int, step_tokens: Tensor) -> None:
+        """Log what the optimizer step minimises, once its last micro-batch is there."""
+        self._step_total = total if self._step_total is None else self._step_total + total
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            whole = self.trainer.strategy.reduce(self._step_total, reduce_op="sum")
+            self.log("train/loss", whole / step_tokens.clamp(min=1), prog_bar=True)
+            self._step_total = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if gradients_are_whole(self.trainer):
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        elif not self._step_has_tokens:
+            self.log("train/grad_norm", 0.0)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not self._step_has_tokens:
             # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn
             # from.
-            optimizer.zero_grad(set_to_none=True)
+            discard_step(self.trainer, optimizer)
             self.log("train/steps_without_tokens", 1.0, reduce_fx="sum")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if (norm := norm_of_last_step(self.trainer)) is not None:
+            self.log("train/grad_norm", norm)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total, count = self.token_loss(batch)

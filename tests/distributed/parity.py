@@ -1,0 +1,216 @@
+"""Trains with real DeepSpeed engines on real gloo ranks, and writes down gradients.
+
+`python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks and runs every case in
+them, see `measure`. Rank 0 writes OUT, a torch file.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from lit_sparse import Budget
+from lit_sparse.callbacks import SparseAttention
+from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
+from lit_sparse.distributed.gradients import gradients_are_whole
+from lit_sparse.training import SparseLM
+
+ROW_TOKENS = 256
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": ROW_TOKENS,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
+ATTENTION = {"block": 8, "tile": 16}
+CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Packed rows of documents of unequal lengths with unequal numbers of labels. The first half of
+    the first row and the whole second row have none: a rank has nothing to learn there.
+    """
+    made = []
+    for number in range(count):
+        draw = torch.Generator().manual_seed(1000 * seed + number)
+        ids = torch.randint(1, 64, (1, ROW_TOKENS), generator=draw)
+        cuts = torch.randperm(ROW_TOKENS - 1, generator=draw)[: 1 + number % 3].sort().values + 1
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), cuts])
+        places = torch.arange(ROW_TOKENS)
+        positions = places - starts[torch.bucketize(places, starts, right=True) - 1]
+        labels = torch.full_like(ids, -100)
+        labels[0, :-1] = torch.where(positions[1:] > 0, ids[0, 1:], -100)
+        labels[0, torch.rand(ROW_TOKENS, generator=draw) < 0.1 * (number % 4)] = -100
+        if number == 0:
+            labels[:, : ROW_TOKENS // 2] = -100
+        if number == 1:
+            labels[:] = -100
+        made.append({"input_ids": ids, "position_ids": positions[None], "labels": labels})
+    return made
+
+
+class Rows(LightningDataModule):
+    """The rows of `steps` optimizer steps, of which each data-parallel rank takes its share."""
+
+    def __init__(self, rows_per_step: int, steps: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.rows_per_step, self.steps = rows_per_step, steps
+        self.rows = rows(rows_per_step * steps, seed)
+
+    def train_dataloader(self):
+        ranks = ranks_of(self.trainer)
+        share = self.rows_per_step // ranks.data_size
+        found = []
+        for step in range(self.steps):
+            first = step * self.rows_per_step
+            whole = self.rows[first : first + self.rows_per_step]
+            tokens = torch.tensor(sum(int((row["labels"] != -100).sum()) for row in whole))
+            own = whole[ranks.data_rank * share : (ranks.data_rank + 1) * share]
+            found += [{**row, "step_tokens": tokens} for row in own]
+        return DataLoader(found, batch_size=None)
+
+
+class Keep(Callback):
+    """Keeps the whole gradients of the first step, before clipping, and each step's numbers."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.logged: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        from deepspeed.utils import safe_get_full_grad
+
+        if trainer.global_step == 0:
+            whole = gradients_are_whole(trainer)
+            for name, parameter in pl_module.named_parameters():
+                found = parameter.grad if whole else safe_get_full_grad(parameter)
+                self.gradients[name] = found.detach().float().clone()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            shown = trainer.callback_metrics
+            names = ("train/loss", "train/grad_norm")
+            self.logged.append({name: float(shown[name]) for name in names})
+
+
+def train(
+    strategy: Any, devices: int, accumulate: int, data: Rows, callbacks: list[Callback], **options
+) -> SparseLM:
+    torch.manual_seed(0)
+    module = SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        accumulate_grad_batches=accumulate,
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[SparseAttention(BUDGET, **ATTENTION), *callbacks],
+        **options,
+    )
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
+    """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
+    keep = Keep()
+    data = Rows(data_size * accumulate, steps=3)
+    train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05)
+    return {"gradients": keep.gradients, "logged": keep.logged}
+
+
+def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
+    """The training loss of 30 optimizer steps of four rows."""
+    keep = Keep()
+    data = Rows(4, steps=30, seed=1)
+    train(strategy, devices, 4 // data_size, data, [keep])
+    return [logged["train/loss"] for logged in keep.logged]
+
+
+def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
+    """What the ranks of one size find, by case: (stage, accumulation), "ddp",
+    ("offload", stage), "curve".
+    """
+    world = data_size * sequence_size
+    found: dict[Any, Any] = {}
+    for stage, accumulate in CASES:
+        strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+        found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
+    if sequence_size == 1:
+        found["ddp"] = gradients("ddp", data_size, 4, world)
+        for stage in (1, 2, 3):
+            strategy = DeepSpeedSparseStrategy(
+                stage=stage,
+                offload_optimizer="cpu",
+                offload_parameters="cpu" if stage == 3 else None,
+            )
+            found["offload", stage] = gradients(strategy, data_size, 4, world)
+    if world == 4:
+        strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
+        found["curve"] = curve(strategy, data_size, world)
+    return found
+
+
+def fork(world: int, run: Any) -> None:
+    """Run a function on `world` forked ranks; exits where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world}
+            os.environ |= {key: str(value) for key, value in ranks.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            try:
+                run()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    if any(ends):
+        sys.exit("a rank failed")
+
+
+def main(size: str, out: Path) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    data_size, sequence_size = map(int, size.split("x"))
+
+    def run() -> None:
+        found = measure(data_size, sequence_size)
+        if os.environ["RANK"] == "0":
+            torch.save(found, out)
+
+    fork(data_size * sequence_size, run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
