@@ -42,6 +42,10 @@ ARCHITECTURE = {
 }
 BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
 ATTENTION = {"block": 8, "tile": 16}
+MEMORY = {"activations": "offload", "tiled_mlp": 3, "loss": "tiled", "loss_chunk": 50}
+"""All of the libraries' memory features."""
+MEMORY_CASES = [(0, True), (1, True), (2, True), (2, False), (3, True), (3, False)]
+"""Stage, and whether embedding and head share their weight: it has two gradients to wait for."""
 CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
 
 
@@ -113,10 +117,19 @@ class Keep(Callback):
 
 
 def train(
-    strategy: Any, devices: int, accumulate: int, data: Rows, callbacks: list[Callback], **options
+    strategy: Any,
+    devices: int,
+    accumulate: int,
+    data: Rows,
+    callbacks: list[Callback],
+    tied: bool = False,
+    memory: dict[str, Any] | None = None,
+    **options,
 ) -> SparseLM:
     torch.manual_seed(0)
-    module = SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    architecture = {**ARCHITECTURE, "tie_word_embeddings": tied}
+    rates = {"warmup_steps": 0, "learning_rate": 1e-3}
+    module = SparseLM(architecture=architecture, **rates, **(memory or {}))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -135,11 +148,13 @@ def train(
     return module
 
 
-def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
+def gradients(
+    strategy: Any, data_size: int, accumulate: int, devices: int, **options
+) -> dict[str, Any]:
     """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
     data = Rows(data_size * accumulate, steps=3)
-    train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05)
+    train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05, **options)
     return {"gradients": keep.gradients, "logged": keep.logged}
 
 
@@ -153,7 +168,7 @@ def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), "curve".
+    ("offload", stage), ("memory", stage, tied), "curve".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -169,6 +184,13 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
                 offload_parameters="cpu" if stage == 3 else None,
             )
             found["offload", stage] = gradients(strategy, data_size, 4, world)
+    if world == 2:
+        for stage, tied in MEMORY_CASES:
+            strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+            options = {"tied": tied, "memory": MEMORY}
+            accumulate = 2 * sequence_size
+            case = gradients(strategy, data_size, accumulate, world, **options)
+            found["memory", stage, tied] = case
     if world == 4:
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)
