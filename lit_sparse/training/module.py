@@ -142,8 +142,6 @@ class SparseLM(LightningModule):
         if gradients_are_whole(self.trainer):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        elif not self._step_has_tokens:
-            self.log("train/grad_norm", 0.0)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not self._step_has_tokens:
             # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn
