@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import ARCHITECTURE, ATTENTION, BUDGET, Rows, fork, rows
-from pytorch_lightning import Callback, Trainer
+from parity import ARCHITECTURE, fork
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
+from runs import (
+    COMMON,
+    Data,
+    Logged,
+    PaddedData,
+    Passkeys,
+    Recorder,
+    make_module,
+    make_trainer,
+    weights,
+)
 
 from lit_sparse.callbacks import (
     BudgetController,
@@ -29,110 +39,17 @@ from lit_sparse.callbacks import (
     ContextCurriculum,
     DenseGapMonitor,
     FiniteGuard,
-    PasskeyEval,
-    SparseAttention,
     StageReport,
     Throughput,
+    dense_comparison,
 )
 from lit_sparse.data import PackedTextDataModule
-from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of, shard_sequence
-from lit_sparse.distributed.gradients import engine_of
+from lit_sparse.distributed import ranks_of, shard_sequence
 from lit_sparse.training import SparseLM, Stage
 
-ROWS = 8
-"""Sampled rows of all ranks."""
-COMMON = {"every_n_steps": 1, "rows": ROWS, "min_context": 16}
 HEADS = (1, 2)
 """Of the 8, watched by the CollapseMonitor: of ranks that share a row only the first has them."""
 CORPUS = [f"def value_{i}(x):\n    return x + {i}\n\n" * 75 for i in range(12)]
-
-
-class Data(Rows):
-    """With four rows to validate on, of which each data-parallel rank takes its share."""
-
-    labels = True
-
-    def val_dataloader(self):
-        ranks, found = ranks_of(self.trainer), rows(4, seed=7)
-        share = len(found) // ranks.data_size
-        own = found[ranks.data_rank * share : (ranks.data_rank + 1) * share]
-        for row in own if not self.labels else []:
-            del row["labels"]
-        return DataLoader(own, batch_size=None)
-
-
-class Recorder(DenseGapMonitor):
-    """Keeps what it measured."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.samples: list[Any] = []
-        self.gaps: list[Any] = []
-
-    def finish(self, trainer, pl_module, sample):
-        super().finish(trainer, pl_module, sample)
-        self.samples.append(sample)
-
-    def _judge(self, trainer, pl_module, gap):
-        super()._judge(trainer, pl_module, gap)
-        self.gaps.append(gap)
-
-
-class Logged(Callback):
-    """Keeps what each optimizer step logged, and the last validation."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.last: dict[str, float] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-    def on_validation_end(self, trainer, pl_module):
-        self.last = {k: float(v) for k, v in trainer.callback_metrics.items()}
-
-
-def make_trainer(size: str, stage: str, callbacks: list[Callback], **options: Any) -> Trainer:
-    """Of a rank: two rows a step, of two data-parallel ranks or accumulated."""
-    data_size, sequence_size = map(int, size.split("x"))
-    strategy: Any = "auto"
-    if size != "1x1":
-        offload = "cpu" if stage.endswith("offload") else None
-        strategy = DeepSpeedSparseStrategy(int(stage[0]), sequence_size, offload_optimizer=offload)
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": data_size * sequence_size,
-        "strategy": strategy,
-        "accumulate_grad_batches": 2 // data_size,
-        "max_epochs": 1,
-        "use_distributed_sampler": False,
-        "logger": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "gradient_clip_val": 1.0,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [SparseAttention(BUDGET, **ATTENTION), *callbacks],
-    }
-    return Trainer(**settings | options)
-
-
-def make_module(kind: type[SparseLM] = SparseLM, **options: Any) -> SparseLM:
-    torch.manual_seed(0)
-    return kind(**{"architecture": ARCHITECTURE, "warmup_steps": 0, **options})
-
-
-def weights(trainer: Trainer, module: SparseLM) -> torch.Tensor:
-    """All weights; asks all ranks where they are sharded."""
-    engine = engine_of(trainer)
-    parameters = list(module.parameters())
-    if engine is not None and engine.zero_optimization():
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameters = [safe_get_full_fp32_param(p) for p in parameters]
-    return torch.cat([p.detach().flatten().clone() for p in parameters])
 
 
 def watch(size: str, stage: str, folder: Path) -> dict[str, Any]:
@@ -190,6 +107,23 @@ def own(size: str, stage: str, folder: Path) -> dict[str, Any]:
     data = Data(2)
     data.labels = False
     return trainer.validate(make_module(Own), datamodule=data, verbose=False)[0]
+
+
+class Padded(SparseLM):
+    """Calls its model with a mask."""
+
+    def validation_step(self, batch, batch_idx):
+        self.model(**batch, use_cache=False)
+
+
+def padded(size: str, stage: str, folder: Path) -> dict[str, Any]:
+    """A comparison whose logits have room for 30 tokens, where ranks have unequally many."""
+    room, dense_comparison._LOGITS = dense_comparison._LOGITS, 30 * ARCHITECTURE["vocab_size"]
+    try:
+        trainer = make_trainer(size, stage, [DenseGapMonitor(validation_batches=2)])
+        return trainer.validate(make_module(Padded), datamodule=PaddedData(2), verbose=False)[0]
+    finally:
+        dense_comparison._LOGITS = room
 
 
 def unchanged(size: str, stage: str, folder: Path) -> dict[str, Any]:
@@ -255,22 +189,6 @@ def stop(size: str, stage: str, folder: Path) -> dict[str, Any]:
     return {"step": trainer.global_step}
 
 
-class Passkeys(PasskeyEval):
-    """Keeps each first choice of the model."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.chosen: list[list[int]] = []
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        def keep(_, args, logits):
-            self.chosen.append(logits.argmax(-1).flatten().tolist())
-
-        hook = pl_module.model.lm_head.register_forward_hook(keep)
-        super().on_validation_epoch_end(trainer, pl_module)
-        hook.remove()
-
-
 def recall(size: str, stage: str, folder: Path) -> dict[str, Any]:
     """Two stages with RoPE by rule, a controller and passkeys, on text."""
     corpus = folder / "corpus"
@@ -301,6 +219,7 @@ def recall(size: str, stage: str, folder: Path) -> dict[str, Any]:
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "watch": watch,
     "own": own,
+    "padded": padded,
     "unchanged": unchanged,
     "guard": guard,
     "stop": stop,

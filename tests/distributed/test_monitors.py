@@ -16,14 +16,14 @@ from lit_sparse.models import observe
 from lit_sparse.training import SparseLM
 
 HERE = Path(__file__).parent
-ONE = "1x1:watch@0,own@0,guard@0,recall@0"
-SOME = ["1x2:watch@2,own@2,guard@2,stop@2", "2x2:watch@3,unchanged@3,guard@3,recall@3"]
+ONE = "1x1:watch@0,own@0,padded@0,guard@0,recall@0"
+SOME = ["1x2:watch@2,own@2,guard@2,stop@2,recall@3", "2x2:watch@3,unchanged@3,guard@3"]
 MORE = [
-    "1x2:watch@0,watch@1,watch@3,watch@3_offload,own@3,unchanged@3,guard@0,guard@3,recall@2",
-    "2x1:watch@0,watch@1,watch@2,watch@3,own@0,unchanged@0,unchanged@3,guard@0,guard@1,guard@3,"
-    "stop@3,recall@3",
+    "1x2:watch@0,watch@1,watch@3,watch@3_offload,own@3,unchanged@3,guard@0,guard@3",
+    "2x1:watch@0,watch@1,watch@2,watch@3,own@0,padded@3,unchanged@0,unchanged@3,guard@0,guard@1,"
+    "guard@3,stop@3,recall@3",
     "2x2:watch@0,watch@1,watch@2,watch@2_offload,own@1,unchanged@1,guard@0,guard@1,guard@2,"
-    "guard@2_offload,guard@3_offload,stop@3,recall@0",
+    "guard@2_offload,guard@3_offload,stop@3,recall@0,recall@3",
 ]
 
 
@@ -70,25 +70,25 @@ def found(request, out, some):
 
 
 @pytest.fixture(scope="module")
-def monitors():
-    """The module that the ranks run."""
+def runs():
+    """The module that makes what the ranks train."""
     sys.path.insert(0, str(HERE))
-    import monitors
+    import runs
 
-    yield monitors
     sys.path.remove(str(HERE))
+    return runs
 
 
-def brute_force(monitors, data_ranks):
+def brute_force(runs, data_ranks):
     """Layer -> context [R] and tau, entropy, output error and recall's denominator apart, [R, 8],
     of the rows that `data_ranks` ranks sample in the first step, from whole attention matrices.
     """
     torch.manual_seed(0)
-    model = SparseLM(architecture=monitors.ARCHITECTURE).model
-    sparsify(model, monitors.BUDGET, **monitors.ATTENTION)
+    model = SparseLM(architecture=runs.ARCHITECTURE).model
+    sparsify(model, runs.BUDGET, **runs.ATTENTION)
     found = {layer: [] for layer in range(2)}
-    share = monitors.ROWS // data_ranks
-    for rank, row in enumerate(monitors.rows(2)[:data_ranks]):
+    share = runs.ROWS // data_ranks
+    for rank, row in enumerate(runs.rows(2)[:data_ranks]):
 
         def look(layer, q, k, v, out, lse, selection, scale, documents, rank=rank):
             draw = torch.Generator().manual_seed(seed_of(0, 0, rank))
@@ -114,17 +114,17 @@ def brute_force(monitors, data_ranks):
     }
 
 
-def test_a_sample_has_the_rows_of_all_data_parallel_ranks_and_all_heads(found, monitors):
+def test_a_sample_has_the_rows_of_all_data_parallel_ranks_and_all_heads(found, runs):
     for size, _, ranks in cases(found, "watch"):
         sample = ranks[0]["samples"][0]
-        expected = brute_force(monitors, int(size[0]))
+        expected = brute_force(runs, int(size[0]))
         for layer, (context, tau, entropy, error) in expected.items():
             shown = sample["layers"][layer]
             assert torch.equal(shown["context"], context)
             torch.testing.assert_close(shown["tau"].double(), tau, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(shown["entropy"].double(), entropy, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(sample["error"][layer].double(), error, atol=1e-4, rtol=1e-3)
-            assert torch.equal(sample["budgets"][layer], monitors.BUDGET(context))
+            assert torch.equal(sample["budgets"][layer], runs.BUDGET(context))
         assert tau.max() > 0.1
         assert sample["heads"] == tuple(range(8))
 
@@ -151,11 +151,12 @@ def test_a_comparison_counts_documents_that_span_ranks_once(found):
             torch.testing.assert_close(rank["documents"], one["documents"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_that_names_no_documents_and_no_labels_is_compared_too(found):
-    (one,) = found["1x1", "own@0"]
+@pytest.mark.parametrize("name", ["own", "padded"])
+def test_a_module_that_names_no_documents_or_pads_is_compared_too(found, name):
+    (one,) = found["1x1", f"{name}@0"]
     assert one["gap/kl"] > 0.1
     assert one["gap/loss_delta"] != 0
-    for _, _, ranks in cases(found, "own"):
+    for _, _, ranks in cases(found, name):
         for rank in ranks:
             assert rank == pytest.approx(one, rel=1e-5, abs=1e-7)
 
