@@ -80,8 +80,8 @@ def runs():
 
 
 def brute_force(runs, data_ranks):
-    """Layer -> context [R] and tau, entropy, output error and recall's denominator apart, [R, 8],
-    of the rows that `data_ranks` ranks sample in the first step, from whole attention matrices.
+    """Layer -> context [R], tau, entropy and output error [R, 8] of the rows that `data_ranks`
+    ranks sample in the first step, from whole attention matrices.
     """
     torch.manual_seed(0)
     model = SparseLM(architecture=runs.ARCHITECTURE).model
