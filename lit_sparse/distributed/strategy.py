@@ -154,6 +154,15 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         assert module is not None
         if self.sequence_parallel > 1:
+            assert isinstance(self.config, dict)
+            kept = self.config.get("data_types", {}).get("grad_accum_dtype")
+            if self.stage == 1 and kept == "fp32" and "bf16" in self.precision_plugin.precision:
+                # Its optimizer for this case takes sequence parallelism for tensor parallelism.
+                raise ValueError(
+                    "strategy.config has data_types.grad_accum_dtype = 'fp32', which DeepSpeed "
+                    "cannot do with strategy.stage: 1, bfloat16 and sequence parallelism: set "
+                    "strategy.stage: 2"
+                )
             ulysses.check_heads(module, self.sequence_parallel, self.world_size)
             if not getattr(module, "shards_sequences", False):
                 raise ValueError(
