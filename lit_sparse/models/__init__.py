@@ -1,9 +1,9 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
-from lit_sparse.models.build import build_model
+from lit_sparse.models.build import build_model, check_source, pretrained_config, weight_files
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
-from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
+from lit_sparse.models.rope import rebuild_rope, rope_parameters, set_max_positions, set_rope
 from lit_sparse.models.sparsify import (
     Observation,
     alpha_factor,
@@ -35,6 +35,7 @@ __all__ = [
     "budget_of",
     "build_model",
     "check_rule",
+    "check_source",
     "check_support",
     "configured_law",
     "dense_attention",
@@ -44,6 +45,8 @@ __all__ = [
     "is_sparse",
     "law_of",
     "observe",
+    "pretrained_config",
+    "rebuild_rope",
     "rope_parameters",
     "rule_parameters",
     "scale_budget",
@@ -54,5 +57,6 @@ __all__ = [
     "set_rope",
     "sparsify",
     "unsparsify",
+    "weight_files",
     "whole_sequences",
 ]

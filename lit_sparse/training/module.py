@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
-from lit_sparse.models import build_model
+from lit_sparse.distributed.loading import load_sharded
+from lit_sparse.distributed.weights import whole_shape
+from lit_sparse.models import build_model, check_source
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
 
@@ -27,6 +29,9 @@ class SparseLM(LightningModule):
 
     The model is an ordinary transformers one; the `SparseAttention` callback makes it sparse.
     Batches are those of `PackedTextDataModule`.
+
+    A new model is there from the start, whole on every rank, and a strategy may shard it later. A
+    pretrained one is checked at the start, and loaded by `configure_model`: under ZeRO 3 in shards.
 
     Args:
         pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
@@ -68,16 +73,34 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
+        check_source(pretrained, architecture)
         self.save_hyperparameters()
-        self.model: Any = build_model(pretrained, architecture)
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model: Any = None
+        if pretrained is None:
+            # Before any strategy acts: the same random weights, however they will be sharded.
+            self.configure_model()
         self._step_has_tokens = False
         self._step_total: Tensor | None = None
 
+    def configure_model(self) -> None:
+        """Build `model`, unless it is there. Lightning calls this inside of what the strategy needs
+        to load pretrained weights in shards; call it to have them earlier.
+        """
+        if self.model is not None:
+            return
+        pretrained, architecture = self.hparams["pretrained"], self.hparams["architecture"]
+        strategy: Any = self._trainer.strategy if self._trainer else None
+        if pretrained is not None and getattr(strategy, "zero_stage_3", False):
+            self.model = load_sharded(pretrained, strategy.config)
+        else:
+            self.model = build_model(pretrained, architecture)
+        self.model.train()  # transformers loads for inference, without gradient checkpointing
+        if self.hparams["gradient_checkpointing"]:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def on_fit_start(self) -> None:
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = self.model.get_input_embeddings().num_embeddings
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
@@ -177,7 +200,7 @@ class SparseLM(LightningModule):
         keep: list[Tensor] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
-                matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+                matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
                 (decay if matrix else keep).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.hparams["weight_decay"]},
