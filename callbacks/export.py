@@ -10,7 +10,6 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model

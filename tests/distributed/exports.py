@@ -8,7 +8,6 @@ ones, and runs every case of `CASES` in them. OUT/CASE gets the checkpoint `step
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from functools import partial
