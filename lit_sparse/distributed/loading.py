@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.models import SUPPORTED, pretrained_config, rebuild_rope, weight_files
+from lit_sparse.models import (
+    SUPPORTED,
+    pretrained_config,
+    pretrained_generation,
+    rebuild_rope,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +88,7 @@ def _outside_zero_init() -> Iterator[None]:
 
 
 def _without_weights(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     config = pretrained_config(directory)
     if config.model_type not in SUPPORTED:
@@ -92,8 +98,8 @@ def _without_weights(directory: str | Path, dtype: torch.dtype) -> PreTrainedMod
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if (Path(directory) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    if (generation := pretrained_generation(directory)) is not None:
+        model.generation_config = generation
     return model.eval()
 
 

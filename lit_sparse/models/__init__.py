@@ -1,6 +1,12 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
-from lit_sparse.models.build import build_model, check_source, pretrained_config, weight_files
+from lit_sparse.models.build import (
+    build_model,
+    check_source,
+    pretrained_config,
+    pretrained_generation,
+    weight_files,
+)
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
 from lit_sparse.models.rope import rebuild_rope, rope_parameters, set_max_positions, set_rope
@@ -46,6 +52,7 @@ __all__ = [
     "law_of",
     "observe",
     "pretrained_config",
+    "pretrained_generation",
     "rebuild_rope",
     "rope_parameters",
     "rule_parameters",

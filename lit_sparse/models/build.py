@@ -14,7 +14,7 @@ import torch
 from lit_sparse.models.state import CONFIG_KEY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 # Not fields of a config class, and yet read by every one that has RoPE.
 _LEGACY = frozenset({"rope_theta", "rope_scaling"})
@@ -79,6 +79,15 @@ def pretrained_config(directory: str | Path) -> PreTrainedConfig:
         raise ValueError(
             f"model.pretrained: {path / 'config.json'} cannot be read: {error}"
         ) from error
+
+
+def pretrained_generation(directory: str | Path) -> GenerationConfig | None:
+    """How a local directory says that its model generates, or None where it says nothing."""
+    from transformers import GenerationConfig
+
+    if not (Path(directory) / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def weight_files(directory: str | Path) -> list[Path]:

@@ -110,6 +110,7 @@ def _write_configs(model: PreTrainedModel, directory: Path, weights: Mapping[str
 def _write_shard(
     path: Path, shard: Mapping[str, Tensor | None], weights: Mapping[str, Tensor]
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {
@@ -117,4 +118,7 @@ def _write_shard(
         for name, tensor in shard.items()
         if tensor is not None
     }
-    save_file(whole, path, metadata={"format": "pt"})
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
+from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
 from lit_sparse.distributed.loading import load_sharded
-from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.loss import IGNORED, chunked_cross_entropy

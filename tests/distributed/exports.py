@@ -1,16 +1,16 @@
 """Fine-tunes pretrained models with real DeepSpeed engines on two gloo ranks, and exports them.
 
-`python exports.py OUT` imports everything once, forks the ranks, data- and then sequence-parallel
-ones, and runs every case of `CASES` in them. OUT/CASE gets the checkpoint `step=2.ckpt`, the export
-`huggingface` and, from rank 0, `seen.pt`.
+`python exports.py OUT CASE ...` imports everything once, forks the ranks, and runs cases of `CASES`
+in them. OUT/CASE gets the checkpoint `step=2.ckpt`, the export `huggingface` and, from rank 0,
+`seen.pt`; where the export fails, RANK.txt is what each rank says.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,24 @@ from pytorch_lightning import Callback, Trainer
 
 from lit_sparse.callbacks import HuggingFaceExport, SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy
-from lit_sparse.distributed.weights import whole_tensor
-from lit_sparse.models import build_model
+from lit_sparse.distributed.gathering import whole_tensor
+from lit_sparse.models import build_model, set_rope
 from lit_sparse.models.export import stored_tensors
 from lit_sparse.training import SparseLM
 
 CASES: dict[str, dict[str, Any]] = {
-    # model, stage (None: one process without DeepSpeed), sequence-parallel ranks
+    # stage None: one process without DeepSpeed, with the same rows
     "alone": {"model": "llama", "stage": None},
     "alone-tied": {"model": "qwen3", "stage": None},
     "0": {"model": "llama", "stage": 0},
     "1": {"model": "llama", "stage": 1},
-    "2": {"model": "qwen3", "stage": 2},
+    "2-tied": {"model": "qwen3", "stage": 2},
     "3": {"model": "llama", "stage": 3},
     "3-tied": {"model": "qwen3", "stage": 3},
+    "3-bfloat16": {"model": "llama", "stage": 3, "precision": "bf16-true"},
+    "3-full-disk": {"model": "llama", "stage": 3},
     "2-sequence": {"model": "llama", "stage": 2, "sequence": 2},
-    "3-sequence": {"model": "qwen3", "stage": 3, "sequence": 2},
+    "3-sequence-tied": {"model": "qwen3", "stage": 3, "sequence": 2},
 }
 
 
@@ -64,17 +66,22 @@ class See(Callback):
         self._see(trainer, pl_module, "before")
         self.buffers = dict(pl_module.model.named_buffers())
 
+    def on_train_start(self, trainer, pl_module):
+        set_rope(pl_module.model, rope_theta=500.0)
+
     def on_train_end(self, trainer, pl_module):
         self._see(trainer, pl_module, "after")
         path = self.out / f"step={trainer.global_step}.ckpt"
-        own = {"models": {"model": pl_module.model.config.to_dict()}, "sharding": self.sharding}
+        sharded = self.sharding["stage"] is not None
         checkpoint = {
-            "lit_sparse": own,
+            "lit_sparse": {
+                "models": {"model": pl_module.model.config.to_dict()},
+                "sharding": self.sharding if sharded else None,
+            },
             "global_step": trainer.global_step,
             "hyper_parameters": dict(pl_module.hparams),
         }
-        if self.sharding["stage"] is None:
-            own["sharding"] = None
+        if not sharded:
             torch.save({**checkpoint, "state_dict": pl_module.state_dict()}, path)
             return
         trainer.strategy.deepspeed_engine.save_checkpoint(path, client_state={}, tag="checkpoint")
@@ -83,20 +90,33 @@ class See(Callback):
             (path / "manifest.json").write_text(json.dumps({}))
 
 
+class FillDisk(Callback):
+    """Rank 0 can write no file of more than 20 kB: configs, but not the weights."""
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
 def case(name: str, out: Path) -> None:
-    wanted = CASES[name]
-    stage, sequence = wanted["stage"], wanted.get("sequence", 1)
-    torch.manual_seed(0)
+    about = CASES[name]
+    stage, sequence = about["stage"], about.get("sequence", 1)
     (out / name).mkdir(exist_ok=True)
+    torch.manual_seed(0)
     keep, see = Keep(), See(out / name, stage, sequence)
+    callbacks = [SparseAttention(BUDGET, **ATTENTION), keep, see, HuggingFaceExport()]
+    if name == "3-full-disk":
+        callbacks.insert(-1, FillDisk())
     strategy = "auto"
     if stage is not None:
-        strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence)
+        strategy = DeepSpeedSparseStrategy(stage, sequence, timeout_minutes=2)
+    data_size = 1 if stage is None else 2 // sequence
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if stage is None else 2,
         strategy=strategy,
-        accumulate_grad_batches=2 if sequence == 2 or stage is None else 1,
+        precision=about.get("precision", "32-true"),
+        accumulate_grad_batches=2 // data_size,
         max_epochs=1,
         use_distributed_sampler=False,
         logger=False,
@@ -104,32 +124,36 @@ def case(name: str, out: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=out / name,
-        callbacks=[SparseAttention(BUDGET, **ATTENTION), keep, see, HuggingFaceExport()],
+        callbacks=callbacks,
     )
     module = SparseLM(
-        pretrained=str(out / wanted["model"]), warmup_steps=0, learning_rate=1e-3, weight_decay=0.5
+        pretrained=str(out / about["model"]), warmup_steps=0, learning_rate=1e-3, weight_decay=0.5
     )
-    trainer.fit(module, datamodule=Rows(2, steps=2))
+    try:
+        trainer.fit(module, datamodule=Rows(2, steps=2))
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        (out / name / f"{trainer.global_rank}.txt").write_text(str(error))
     if trainer.is_global_zero:
         found = {"gradients": keep.gradients, "buffers": see.buffers, **see.weights}
         torch.save(found, out / name / "seen.pt")
 
 
-def main(out: Path) -> None:
+def main(out: Path, names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     pretrained(out)
-
-    def run(wanted: list[str]) -> None:
-        for name in wanted:
-            case(name, out)
-
-    alone = [name for name, about in CASES.items() if about["stage"] is None]
-    split = [name for name, about in CASES.items() if about.get("sequence") == 2]
-    fork(1, partial(run, alone))
-    fork(2, partial(run, [name for name in CASES if name not in alone and name not in split]))
-    fork(2, partial(run, split))
+    # A process has sequence-parallel groups of one size.
+    for ranks, sequence in ((1, 1), (2, 1), (2, 2)):
+        chosen = [
+            name
+            for name in names
+            if ranks == (1 if CASES[name]["stage"] is None else 2)
+            and sequence == CASES[name].get("sequence", 1)
+        ]
+        if chosen:
+            fork(ranks, lambda chosen=chosen: [case(name, out) for name in chosen])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
