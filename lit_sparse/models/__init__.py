@@ -9,7 +9,13 @@ from lit_sparse.models.build import (
 )
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
-from lit_sparse.models.rope import rebuild_rope, rope_parameters, set_max_positions, set_rope
+from lit_sparse.models.rope import (
+    rebuild_rope,
+    restore_frequencies,
+    rope_parameters,
+    set_max_positions,
+    set_rope,
+)
 from lit_sparse.models.sparsify import (
     Observation,
     alpha_factor,
@@ -54,6 +60,7 @@ __all__ = [
     "pretrained_config",
     "pretrained_generation",
     "rebuild_rope",
+    "restore_frequencies",
     "rope_parameters",
     "rule_parameters",
     "scale_budget",
