@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +57,8 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: files are missing or damaged, or DeepSpeed is not installed.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to guess
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:

@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pytorch_lightning import Callback, Trainer
 from lit_sparse.callbacks import HuggingFaceExport, SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.distributed.gathering import whole_tensor
-from lit_sparse.models import build_model, set_rope
+from lit_sparse.models import build_model, law_of, set_budget, set_rope
 from lit_sparse.models.export import stored_tensors
 from lit_sparse.training import SparseLM
 
@@ -67,10 +68,13 @@ class See(Callback):
         self.buffers = dict(pl_module.model.named_buffers())
 
     def on_train_start(self, trainer, pl_module):
+        # As a stage of a curriculum does.
         set_rope(pl_module.model, rope_theta=500.0)
+        set_budget(pl_module.model, replace(BUDGET, sink=16))
 
     def on_train_end(self, trainer, pl_module):
         self._see(trainer, pl_module, "after")
+        self.law = law_of(pl_module.model).to_dict()
         path = self.out / f"step={trainer.global_step}.ckpt"
         sharded = self.sharding["stage"] is not None
         checkpoint = {
@@ -135,14 +139,14 @@ def case(name: str, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         (out / name / f"{trainer.global_rank}.txt").write_text(str(error))
     if trainer.is_global_zero:
-        found = {"gradients": keep.gradients, "buffers": see.buffers, **see.weights}
-        torch.save(found, out / name / "seen.pt")
+        found = {"gradients": keep.gradients, "buffers": see.buffers, "law": see.law}
+        torch.save(found | see.weights, out / name / "seen.pt")
 
 
 def main(out: Path, names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    pretrained(out)
+    fork(1, lambda: pretrained(out))  # threads of PyTorch do not survive a fork
     # A process has sequence-parallel groups of one size.
     for ranks, sequence in ((1, 1), (2, 1), (2, 2)):
         chosen = [
