@@ -19,6 +19,7 @@ from lit_sparse.models import (
     is_sparse,
     law_of,
     observe,
+    restore_frequencies,
     sparsify,
 )
 
@@ -75,6 +76,7 @@ class SparseAttention(Callback):
                     score=law.score,
                     backend=self.backend,
                 )
+            restore_frequencies(model)
 
     on_test_start = on_fit_start
     on_predict_start = on_fit_start

@@ -16,9 +16,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+import lit_sparse.distributed.strategy  # noqa: F401 - registers deepspeed_sparse
 from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.checkpoint import check_sharding
+from lit_sparse.distributed.failure import lost_contact
 from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
@@ -113,7 +115,8 @@ class SparseCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.run.prepare(resume=bool(checkpoint))
         self.datamodule.setup()
-        print(self.datamodule.describe(), flush=True)
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe(), flush=True)
         if checkpoint:
             self.run.check_resume(
                 Path(checkpoint),
@@ -199,6 +202,11 @@ def main(argv: list[str]) -> int:
     # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # What is logged for all ranks has been put together already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    # Other libraries' calls, which their users cannot change.
+    for old in (".*is deprecated. Please use.*", ".*is deprecated, use torch.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=old, module="torch|lightning|pytorch_lightning")
     try:
         SparseCLI(_resolve_configs(argv))
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
@@ -211,6 +219,12 @@ def main(argv: list[str]) -> int:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         print(f"lit-sparse: error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        lost = lost_contact(error)
+        if lost is None or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        print(f"lit-sparse: error: {lost}", file=sys.stderr)
         return 1
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -71,6 +72,8 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         timeout_minutes: float = 30.0,
         config: dict[str, Any] | str | None = None,
     ) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to guess
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
@@ -114,6 +117,7 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_distributed()
         else:
+            _use_cpu()
             reset_seed()
             self.set_world_ranks()
             self._init_deepspeed_distributed()
@@ -318,6 +322,19 @@ def _as_after_overflow(optimizer: Any) -> Iterator[None]:
             delattr(optimizer, name)
         for name, value in before.items():
             setattr(optimizer, name, value)
+
+
+def _use_cpu() -> None:
+    """Let DeepSpeed compute on CPUs, on a machine with GPUs too."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+    # Kernels for inference, which it would compile now, with a compiler that may not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _sequence_groups(size: int) -> Any:

@@ -3,7 +3,12 @@
 from lit_sparse.models.build import build_model
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
-from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
+from lit_sparse.models.rope import (
+    restore_frequencies,
+    rope_parameters,
+    set_max_positions,
+    set_rope,
+)
 from lit_sparse.models.sparsify import (
     Observation,
     alpha_factor,
@@ -51,6 +56,7 @@ __all__ = [
     "law_of",
     "named_models",
     "observe",
+    "restore_frequencies",
     "rope_parameters",
     "rule_parameters",
     "scale_budget",

@@ -78,7 +78,7 @@ class SparseLM(LightningModule):
 
     def on_fit_start(self) -> None:
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = self.model.get_input_embeddings().num_embeddings
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
@@ -125,6 +125,8 @@ class SparseLM(LightningModule):
         if gradients_are_whole(self.trainer):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        elif not self._step_has_tokens:
+            self.log("train/grad_norm", 0.0)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not self._step_has_tokens:
             # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn

@@ -1,7 +1,7 @@
 """Trains with real DeepSpeed engines on real gloo ranks, and writes down gradients.
 
-`python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks (1x1: this process,
-Lightning's default strategy) and runs every case of `CASES` in them. Rank 0 writes OUT/CASE.pt.
+`python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks and runs every case in
+them, see `measure`. Rank 0 writes OUT, a torch file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ARCHITECTURE = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-BUDGET = Budget(alpha=2.0, exponent=0.5, floor=0, sink=8)
+BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
 ATTENTION = {"block": 8, "tile": 16}
 CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
 
@@ -135,20 +135,44 @@ def train(
     return module
 
 
-def case(data_size: int, sequence_size: int, stage: int, accumulate: int, out: Path) -> None:
+def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
+    """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
+    data = Rows(data_size * accumulate, steps=3)
+    train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05)
+    return {"gradients": keep.gradients, "logged": keep.logged}
+
+
+def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
+    """The training loss of 30 optimizer steps of four rows."""
+    keep = Keep()
+    data = Rows(4, steps=30, seed=1)
+    train(strategy, devices, 4 // data_size, data, [keep])
+    return [logged["train/loss"] for logged in keep.logged]
+
+
+def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
+    """What the ranks of one size find, by case: (stage, accumulation), "ddp",
+    ("offload", stage), "curve".
+    """
     world = data_size * sequence_size
-    strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
-    train(
-        strategy,
-        world,
-        accumulate,
-        Rows(data_size * accumulate, steps=2),
-        [keep],
-        gradient_clip_val=0.05,
-    )
-    if os.environ["RANK"] == "0":
-        torch.save({"gradients": keep.gradients, "logged": keep.logged}, out)
+    found: dict[Any, Any] = {}
+    for stage, accumulate in CASES:
+        strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+        found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
+    if sequence_size == 1:
+        found["ddp"] = gradients("ddp", data_size, 4, world)
+        for stage in (1, 2, 3):
+            strategy = DeepSpeedSparseStrategy(
+                stage=stage,
+                offload_optimizer="cpu",
+                offload_parameters="cpu" if stage == 3 else None,
+            )
+            found["offload", stage] = gradients(strategy, data_size, 4, world)
+    if world == 4:
+        strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
+        found["curve"] = curve(strategy, data_size, world)
+    return found
 
 
 def fork(world: int, run: Any) -> None:
@@ -181,8 +205,9 @@ def main(size: str, out: Path) -> None:
     data_size, sequence_size = map(int, size.split("x"))
 
     def run() -> None:
-        for stage, accumulate in CASES:
-            case(data_size, sequence_size, stage, accumulate, out / f"{stage}_{accumulate}.pt")
+        found = measure(data_size, sequence_size)
+        if os.environ["RANK"] == "0":
+            torch.save(found, out)
 
     fork(data_size * sequence_size, run)
 
