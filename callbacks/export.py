@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.gathering import whole_shape, whole_tensor
+from lit_sparse.models import named_models
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 
 if TYPE_CHECKING:
@@ -63,11 +64,9 @@ class HuggingFaceExport(Callback):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> list[tuple[PreTrainedModel, Path]]:
         target = Path(trainer.log_dir or trainer.default_root_dir) / self.directory
-        models = transformers_models(pl_module)
-        if len(models) == 1:
+        if len(models := transformers_models(pl_module)) == 1:
             return [(models[0], target)]
-        names = {id(module): name for name, module in pl_module.named_modules()}
-        return [(model, target / names[id(model)]) for model in models]
+        return [(model, target / path) for path, model in named_models(pl_module).items()]
 
 
 def _write(trainer: Trainer, model: PreTrainedModel, directory: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 
 from lit_sparse.data.corpora import choose_tokenizer, paths_of
 from lit_sparse.data.tokenizer import Tokenizer
+from lit_sparse.distributed.checkpoint import RUN
 from lit_sparse.distributed.gathering import StoredTensor, checkpoint_weights
 from lit_sparse.models import pretrained_generation
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-STATE = "run.ckpt"
-"""File of a sharded checkpoint that has all but the weights."""
 
 
 def main(argv: list[str]) -> int:
@@ -116,7 +115,7 @@ def find_checkpoint(source: Path) -> Path:
     """
     if not source.exists():
         raise ValueError(f"there is nothing at {source}")
-    if source.is_file() or checkpoint_step(source) is not None or (source / STATE).is_file():
+    if source.is_file() or checkpoint_step(source) is not None or (source / RUN).is_file():
         if wrong := damage(source):
             raise ValueError(f"{source} is damaged: {wrong}")
         return source
@@ -131,14 +130,10 @@ def find_checkpoint(source: Path) -> Path:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     """All of a checkpoint but the weights of a sharded one. Tensors stay in the file."""
-    path = checkpoint / STATE if checkpoint.is_dir() else checkpoint
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a reader makes of arbitrary bytes
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    own = state.get("lit_sparse") if isinstance(state, dict) else None
-    if not isinstance(own, dict) or not own.get("models"):
+    # It was found to be whole, which includes that it can be loaded.
+    path = checkpoint / RUN if checkpoint.is_dir() else checkpoint
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not (state.get("lit_sparse") or {}).get("models"):
         raise ValueError(
             f"{checkpoint} does not say which models it holds: it was not written by RunCheckpoint"
         )

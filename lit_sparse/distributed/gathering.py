@@ -11,10 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_sparse.distributed.checkpoint import weights_only_loads
-
-TAG = "checkpoint"
-"""Folder of DeepSpeed's files in a sharded checkpoint."""
+from lit_sparse.distributed.checkpoint import TAG, weights_only_loads
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:

@@ -34,7 +34,13 @@ from lit_sparse.models.sparsify import (
     whole_sequences,
 )
 from lit_sparse.models.state import Law
-from lit_sparse.models.support import SUPPORTED, attention_layers, check_support, find_models
+from lit_sparse.models.support import (
+    SUPPORTED,
+    attention_layers,
+    check_support,
+    find_models,
+    named_models,
+)
 
 __all__ = [
     "SUPPORTED",
@@ -56,6 +62,7 @@ __all__ = [
     "find_models",
     "is_sparse",
     "law_of",
+    "named_models",
     "observe",
     "pretrained_config",
     "pretrained_generation",

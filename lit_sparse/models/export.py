@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from lit_sparse.files import publish, remove, sync
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -69,10 +71,10 @@ def write_model(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=shard_size)
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    unfinished = directory.with_name(f".{directory.name}.tmp")
 
     def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         unfinished.mkdir(parents=True)
         _write_configs(model, unfinished, weights)
         if plan.is_sharded:
@@ -83,9 +85,9 @@ def write_model(
             tokenizer.save_pretrained(unfinished)
 
     def end() -> None:
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
+        for path in unfinished.rglob("*"):
+            sync(path)
+        publish(unfinished, directory)
 
     try:
         on_disk(begin)

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
+from lit_sparse.distributed.checkpoint import description
 from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
 from lit_sparse.distributed.loading import load_sharded
@@ -193,6 +194,10 @@ class SparseLM(LightningModule):
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # For one of weights only, of which no callback is told.
+        checkpoint.setdefault("lit_sparse", description(self, None))
 
     def configure_optimizers(self) -> Any:
         embeddings = {id(self.model.get_input_embeddings().weight)}

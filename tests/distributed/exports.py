@@ -7,7 +7,6 @@ in them. OUT/CASE gets the checkpoint `step=2.ckpt`, the export `huggingface` an
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import warnings
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import ARCHITECTURE, ATTENTION, BUDGET, Keep, Rows, fork
+from parity import ARCHITECTURE, BUDGET, Keep, Rows, fork, plugin
 from pytorch_lightning import Callback, Trainer
 
-from lit_sparse.callbacks import HuggingFaceExport, SparseAttention
+from lit_sparse.callbacks import HuggingFaceExport, RunCheckpoint
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.distributed.gathering import whole_tensor
 from lit_sparse.models import build_model, law_of, set_budget, set_rope
@@ -53,19 +52,18 @@ def pretrained(out: Path) -> None:
 
 
 class See(Callback):
-    """The whole weights before and after, and a checkpoint as `RunCheckpoint` leaves it."""
+    """The whole weights before and after, and what else the model was."""
 
-    def __init__(self, out: Path, stage: int | None, sequence: int) -> None:
-        self.out, self.sharding = out, {"stage": stage, "data": 2 // sequence, "sequence": sequence}
-        self.weights: dict[str, dict[str, Any]] = {}
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
 
-    def _see(self, trainer: Trainer, module: Any, when: str) -> None:
-        found = {n: whole_tensor(t) for n, t in stored_tensors(module.model).items()}
-        self.weights[when] = {n: t.clone() for n, t in found.items()}
+    def _weights(self, module: Any) -> dict[str, Any]:
+        tensors = stored_tensors(module.model)
+        return {name: whole_tensor(tensor).clone() for name, tensor in tensors.items()}
 
     def on_fit_start(self, trainer, pl_module):
-        self._see(trainer, pl_module, "before")
-        self.buffers = dict(pl_module.model.named_buffers())
+        self.found["before"] = self._weights(pl_module)
+        self.found["buffers"] = dict(pl_module.model.named_buffers())
 
     def on_train_start(self, trainer, pl_module):
         # As a stage of a curriculum does.
@@ -73,25 +71,8 @@ class See(Callback):
         set_budget(pl_module.model, replace(BUDGET, sink=16))
 
     def on_train_end(self, trainer, pl_module):
-        self._see(trainer, pl_module, "after")
-        self.law = law_of(pl_module.model).to_dict()
-        path = self.out / f"step={trainer.global_step}.ckpt"
-        sharded = self.sharding["stage"] is not None
-        checkpoint = {
-            "lit_sparse": {
-                "models": {"model": pl_module.model.config.to_dict()},
-                "sharding": self.sharding if sharded else None,
-            },
-            "global_step": trainer.global_step,
-            "hyper_parameters": dict(pl_module.hparams),
-        }
-        if not sharded:
-            torch.save({**checkpoint, "state_dict": pl_module.state_dict()}, path)
-            return
-        trainer.strategy.deepspeed_engine.save_checkpoint(path, client_state={}, tag="checkpoint")
-        if trainer.is_global_zero:
-            torch.save(checkpoint, path / "run.ckpt")
-            (path / "manifest.json").write_text(json.dumps({}))
+        self.found["after"] = self._weights(pl_module)
+        self.found["law"] = law_of(pl_module.model).to_dict()
 
 
 class FillDisk(Callback):
@@ -107,8 +88,8 @@ def case(name: str, out: Path) -> None:
     stage, sequence = about["stage"], about.get("sequence", 1)
     (out / name).mkdir(exist_ok=True)
     torch.manual_seed(0)
-    keep, see = Keep(), See(out / name, stage, sequence)
-    callbacks = [SparseAttention(BUDGET, **ATTENTION), keep, see, HuggingFaceExport()]
+    keep, see, checkpoint = Keep(), See(), RunCheckpoint(None, dirpath=str(out / name))
+    callbacks = [plugin(), keep, see, checkpoint, HuggingFaceExport()]
     if name == "3-full-disk":
         callbacks.insert(-1, FillDisk())
     strategy = "auto"
@@ -124,7 +105,6 @@ def case(name: str, out: Path) -> None:
         max_epochs=1,
         use_distributed_sampler=False,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=out / name,
@@ -139,8 +119,7 @@ def case(name: str, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         (out / name / f"{trainer.global_rank}.txt").write_text(str(error))
     if trainer.is_global_zero:
-        found = {"gradients": keep.gradients, "buffers": see.buffers, "law": see.law}
-        torch.save(found | see.weights, out / name / "seen.pt")
+        torch.save({**see.found, "gradients": keep.gradients}, out / name / "seen.pt")
 
 
 def main(out: Path, names: list[str]) -> None:
