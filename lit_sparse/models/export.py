@@ -122,5 +122,7 @@ def _write_shard(
     }
     try:
         save_file(whole, path, metadata={"format": "pt"})
+        # safetensors lets nobody but the owner read its files.
+        shutil.copymode(path.with_name("config.json"), path)
     except SafetensorError as error:
         raise OSError(str(error)) from error

@@ -26,6 +26,7 @@ def test_is_what_save_pretrained_writes(kind, tiny, tmp_path, tied):
     assert len(names) > 4
     for name in names:
         ours, theirs = tmp_path / "ours" / name, tmp_path / "theirs" / name
+        assert ours.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode
         if name.endswith(".safetensors"):
             assert ours.read_bytes() == theirs.read_bytes()
         elif name.endswith("index.json"):
