@@ -44,25 +44,29 @@ def load_sharded(directory: str | Path, config: Mapping[str, Any]) -> PreTrained
             the message names tensor and file.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     files = _TensorFiles(weight_files(directory))
     with _outside_zero_init():
         model = _without_weights(directory, _dtype(config))
         parameters = _parameters(model)
         _check(directory, parameters, files)
+        # One for all: temporary ones would leave holes of their size between the shards.
+        largest = max(parameter.numel() for _, parameter in parameters)
+        room = torch.empty(largest, dtype=model.dtype)
         for names, empty in parameters:
+            values = room[: empty.numel()].view(empty.shape)
             if torch.distributed.get_rank() == 0:
-                values = files.read(next(name for name in names if name in files.shapes))
-            else:
-                values = torch.empty(empty.shape, dtype=empty.dtype)
-            parameter = nn.Parameter(values.to(empty.dtype))
+                values.copy_(files.read(next(name for name in names if name in files.shapes)))
+            parameter = nn.Parameter(values)
             deepspeed.zero.Init(
                 module=nn.ParameterList([parameter]), config_dict_or_path=dict(config)
             )
             for name in names:
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, parameter)
-        rebuild_rope(model, torch.device("cpu"))
+        # The engine moves nothing of a model that is sharded already.
+        rebuild_rope(model, torch.device(get_accelerator().current_device_name()))
     return model
 
 
