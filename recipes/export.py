@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        help=f"{', '.join(DTYPES)} (default: that of the checkpoint; sharded ones have the float32 "
-        "weights of the optimizer)",
+        help=f"{', '.join(DTYPES)} (default: that of the checkpoint; those of ZeRO 1 to 3 have "
+        "the float32 weights of the optimizer)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there already"
@@ -155,7 +155,7 @@ class _Trained:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        prefix = f"{name}."
+        prefix = f"{name}." if name else ""
         self._weights = {
             key.removeprefix(prefix): weight
             for key, weight in weights.items()

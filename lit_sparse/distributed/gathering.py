@@ -48,8 +48,8 @@ class StoredTensor(Protocol):
 def checkpoint_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     """The weights of a sharded checkpoint by name, of any stage and number of ranks.
 
-    Where the optimizer has weights of its own, float32 ones in bfloat16 training, it is these. At
-    stage 3 they stay in their files until they are read.
+    From stage 1 on it is those that the optimizer updates, float32 in bfloat16 training too. At
+    stage 3 they stay in their files until they are read; stages 1 and 2 are put together whole.
 
     Raises:
         ValueError: files are missing or damaged, or DeepSpeed is not installed.
