@@ -17,8 +17,11 @@ from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
 from lit_sparse.distributed.loading import load_sharded
 from lit_sparse.models import build_model, check_source
+from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
-from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
+from lit_sparse.training.liger import use_liger_kernels
+from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
+from lit_sparse.training.tiled import check_strategy, tile_mlps
 
 _CALL = ("input_ids", "position_ids", "cu_seq_lens_q")
 """What of a batch the decoder is called with."""
@@ -42,8 +45,13 @@ class SparseLM(LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
         betas: of AdamW.
-        gradient_checkpointing: compute activations again in the backward instead of keeping them.
-        loss_chunk: tokens whose logits exist at a time.
+        activations: "keep" for the backward, "recompute" in it from the input of each layer, or
+            "offload": the same with those inputs in CPU memory.
+        tiled_mlp: parts of a row whose MLP activations exist one at a time (DeepSpeed); None for
+            the whole row.
+        loss: how the logits of a whole row are avoided: "chunked", "tiled" (DeepSpeed) or "liger".
+        loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
+        liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
     """
 
     applies_stage_learning_rates = True
@@ -61,8 +69,11 @@ class SparseLM(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        gradient_checkpointing: bool = False,
+        activations: Activations = "keep",
+        tiled_mlp: int | None = None,
+        loss: Loss = "chunked",
         loss_chunk: int = 1024,
+        liger_kernels: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -75,6 +86,7 @@ class SparseLM(LightningModule):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
         check_source(pretrained, architecture)
+        check_loss(loss)
         self.save_hyperparameters()
         self.model: Any = None
         if pretrained is None:
@@ -89,19 +101,27 @@ class SparseLM(LightningModule):
         """
         if self.model is not None:
             return
-        pretrained, architecture = self.hparams["pretrained"], self.hparams["architecture"]
+        options = self.hparams
         strategy: Any = self._trainer.strategy if self._trainer else None
-        if pretrained is not None and getattr(strategy, "zero_stage_3", False):
-            self.model = load_sharded(pretrained, strategy.config)
+        if options["pretrained"] is not None and getattr(strategy, "zero_stage_3", False):
+            model = load_sharded(options["pretrained"], strategy.config)
         else:
-            self.model = build_model(pretrained, architecture)
-        self.model.train()  # transformers loads for inference, without gradient checkpointing
-        if self.hparams["gradient_checkpointing"]:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = build_model(options["pretrained"], options["architecture"])
+        model.train()  # transformers loads for inference, where all activations are kept
+        if options["liger_kernels"]:
+            use_liger_kernels(model)
+        if options["tiled_mlp"] is not None:  # tiles of what Liger made of the MLPs
+            tile_mlps(model, options["tiled_mlp"])
+        set_activations(model, options["activations"])
+        self.model = model
 
     def on_fit_start(self) -> None:
+        if self.hparams["tiled_mlp"] is not None:
+            check_strategy(self.trainer, "model.tiled_mlp")
+        if self.hparams["loss"] == "tiled":
+            check_strategy(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().num_embeddings
+        embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
@@ -123,9 +143,8 @@ class SparseLM(LightningModule):
         part = shard_sequence(batch, ranks_of(self.trainer)) if self._trainer else batch
         call = {name: part[name] for name in _CALL if name in part}
         hidden = self.model.base_model(**call, use_cache=False).last_hidden_state
-        head, labels = self.model.get_output_embeddings(), part["labels"]
-        total = chunked_cross_entropy(hidden, head, labels, self.hparams["loss_chunk"])
-        return total, (labels != IGNORED).sum()
+        labels, kind, chunk = part["labels"], self.hparams["loss"], self.hparams["loss_chunk"]
+        return summed_loss(self.model, hidden, labels, kind, chunk), (labels != IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, _ = self.token_loss(batch)

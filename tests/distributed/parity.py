@@ -42,6 +42,10 @@ ARCHITECTURE = {
 }
 BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
 ATTENTION = {"block": 8, "tile": 16}
+MEMORY = {"activations": "offload", "tiled_mlp": 3, "loss": "tiled", "loss_chunk": 50}
+"""All of the libraries' memory features."""
+MEMORY_CASES = [(0, True), (1, True), (2, True), (2, False), (3, True), (3, False)]
+"""Stage, and whether embedding and head share their weight: it has two gradients to wait for."""
 CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
 
 
@@ -145,11 +149,24 @@ def train(
     return module
 
 
-def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
+def make_module(tied: bool, **memory: Any) -> SparseLM:
+    torch.manual_seed(0)
+    architecture = {**ARCHITECTURE, "tie_word_embeddings": tied}
+    return SparseLM(architecture=architecture, warmup_steps=0, learning_rate=1e-3, **memory)
+
+
+def gradients(
+    strategy: Any,
+    data_size: int,
+    accumulate: int,
+    devices: int,
+    module: SparseLM | None = None,
+) -> dict[str, Any]:
     """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
     data = Rows(data_size * accumulate, steps=3)
-    train(strategy, devices, accumulate, data, [plugin(), keep], gradient_clip_val=0.05)
+    callbacks = [plugin(), keep]
+    train(strategy, devices, accumulate, data, callbacks, module, gradient_clip_val=0.05)
     return {"gradients": keep.gradients, "logged": keep.logged}
 
 
@@ -186,7 +203,7 @@ def refusals() -> dict[str, str]:
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), "curve", "refusals".
+    ("offload", stage), ("memory", stage, tied), "curve", "refusals".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -202,6 +219,13 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
                 offload_parameters="cpu" if stage == 3 else None,
             )
             found["offload", stage] = gradients(strategy, data_size, 4, world)
+    if world == 2:
+        for stage, tied in MEMORY_CASES:
+            strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+            module = make_module(tied, **MEMORY)
+            found["memory", stage, tied] = gradients(
+                strategy, data_size, 4 // data_size, world, module
+            )
     if (data_size, sequence_size) == (1, 2):
         found["refusals"] = refusals()
     if (data_size, sequence_size) == (2, 2):

@@ -77,6 +77,17 @@ def test_offloading_to_the_cpu_changes_nothing(one, many, stage):
     _same_gradients(many("2x1")["offload", stage], one[8])
 
 
+@pytest.fixture(scope="module")
+def one_tied(parity):
+    return parity.gradients("auto", 1, 4, 1, parity.make_module(tied=True))
+
+
+@pytest.mark.parametrize("size", ["2x1", "1x2"])
+def test_memory_features_change_nothing(parity, one, one_tied, many, size):
+    for stage, tied in parity.MEMORY_CASES:
+        _same_gradients(many(size)["memory", stage, tied], one_tied if tied else one[4])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_four_ranks_that_share_a_row(one, many, stage):
