@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_sparse.distributed.checkpoint import MANIFEST, RUN, TAG, run_state, weights_only_loads
-from lit_sparse.files import Sum, publish, remove, sum_of, write_synced
+from lit_sparse.files import Sum, publish, remove, sum_of, sync, write_synced
 
 
 def save_sharded(engine: Any, state: Mapping[str, Any], path: Path) -> None:
@@ -35,9 +35,7 @@ def save_sharded(engine: Any, state: Mapping[str, Any], path: Path) -> None:
         sums: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(sums, own)
         if first:
-            _complete(
-                unfinished, state, {name: each for part in sums for name, each in part.items()}
-            )
+            _complete(unfinished, state, {name: s for part in sums for name, s in part.items()})
             publish(unfinished, path)
         torch.distributed.barrier()
     except BaseException:
@@ -63,10 +61,16 @@ def _summed(engine: Any, directory: Path, sums: dict[str, Sum]) -> Iterator[None
 
 
 def _complete(directory: Path, state: Mapping[str, Any], sums: dict[str, Sum]) -> None:
+    if elsewhere := [name for name in sums if not (directory / name).is_file()]:
+        raise RuntimeError(
+            f"{directory.parent} is not the same directory on every node, {elsewhere[0]} is not "
+            "there: keep checkpoints (run.root) on a file system that all nodes share"
+        )
     sums[RUN] = write_synced(directory / RUN, lambda file: torch.save(dict(state), file))
-    others = (p for p in sorted(directory.rglob("*")) if p.is_file())
-    for name, path in ((str(p.relative_to(directory)), p) for p in others):
-        if name not in sums:  # DeepSpeed writes small ones by itself
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_file() and name not in sums:  # DeepSpeed writes small ones by itself
+            sync(path)
             sums[name] = sum_of(path)
     manifest = {"files": {name: asdict(each) for name, each in sums.items()}}
     text = json.dumps(manifest, indent=2).encode()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def full_state_dict(engine: Any) -> dict[str, Any]:
     """The state dict of an engine's module, on the CPU of the first rank; {} on the others.
 
-    One parameter at a time is gathered. Values are those that the optimizer goes on from: float32
-    where it has such a copy. Tied parameters share one tensor. Collective.
+    One parameter at a time is gathered. Weights that train in half precision are given in float32,
+    as the optimizer of stages 1 to 3 has them. Tied parameters share one tensor. Collective.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
