@@ -213,7 +213,9 @@ def main(argv: list[str]) -> int:
         # In training it matters where: no mistake in a config is left by then.
         if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
+        # Where one rank of a node has an error in the config, all have.
+        if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
+            print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # what was computed is wrong, not the program
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
@@ -240,11 +242,15 @@ def _resolve_configs(argv: list[str]) -> list[str]:
     return resolved
 
 
-def _own(error: BaseException) -> BaseException:
+def _own(error: BaseException) -> str:
     """What a constructor raised: jsonargparse wraps it in all that the argument might have been."""
-    while error.__cause__ is not None and str(error).startswith("Does not validate against any"):
+    while str(error).startswith("Does not validate against any") and error.__cause__ is not None:
+        listed = re.findall(r"^  - (.*)$", str(error), re.MULTILINE)
+        own = [line for line in listed if not line.startswith("Expected a <")]
+        if len(own) == 1:
+            return own[0]
         error = error.__cause__
-    return error
+    return str(error)
 
 
 def _in_a_step(error: BaseException) -> bool:

@@ -28,9 +28,11 @@ def gradients_are_whole(trainer: Trainer) -> bool:
 
 def norm_of_last_step(trainer: Trainer) -> Tensor | None:
     """L2 norm of the gradients, before clipping, of the optimizer step that a DeepSpeed engine has
-    just made; None where it made none, or does not know.
+    just made, 0 for one that was discarded; None where it made none, or does not know.
     """
     engine = engine_of(trainer)
+    if getattr(trainer.strategy, "discarded", False) and not gradients_are_whole(trainer):
+        return torch.zeros(())
     if engine is None or not engine.was_step_applied():
         return None
     norm = engine.get_global_grad_norm()

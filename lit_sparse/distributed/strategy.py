@@ -84,6 +84,8 @@ class DeepSpeedSparseStrategy(SavingStrategy):
         self.stage, self.sequence_parallel = stage, sequence_parallel
         self._ranks = Ranks()
         self._discards = False
+        self.discarded = False
+        """Whether the last call of the engine's step was a step that `discard_step` was for."""
         self._patience = timedelta(minutes=timeout_minutes)
         made = deepspeed_config(stage, offload_optimizer, offload_parameters, nvme_path, config)
         super().__init__(config=made, logging_level=logging.WARNING, timeout=self._patience)
@@ -219,10 +221,10 @@ class DeepSpeedSparseStrategy(SavingStrategy):
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Around the engine's step: obey `discard_step`."""
-        if not self._discards:
+        self.discarded, self._discards = self._discards, False
+        if not self.discarded:
             yield
             return
-        self._discards = False
         optimizer: Any = self.deepspeed_engine.optimizer
         with _as_after_overflow(optimizer):
             yield

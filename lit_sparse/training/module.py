@@ -15,8 +15,11 @@ from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.checkpoint import description
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
 from lit_sparse.models import build_model
+from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
-from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
+from lit_sparse.training.liger import use_liger_kernels
+from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
+from lit_sparse.training.tiled import check_strategy, tile_mlps
 
 _CALL = ("input_ids", "position_ids", "cu_seq_lens_q")
 """What of a batch the decoder is called with."""
@@ -37,8 +40,13 @@ class SparseLM(LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
         betas: of AdamW.
-        gradient_checkpointing: compute activations again in the backward instead of keeping them.
-        loss_chunk: tokens whose logits exist at a time.
+        activations: "keep" for the backward, "recompute" in it from the input of each layer, or
+            "offload": the same with those inputs in CPU memory.
+        tiled_mlp: parts of a row whose MLP activations exist one at a time (DeepSpeed); None for
+            the whole row.
+        loss: how the logits of a whole row are avoided: "chunked", "tiled" (DeepSpeed) or "liger".
+        loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
+        liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
     """
 
     applies_stage_learning_rates = True
@@ -56,8 +64,11 @@ class SparseLM(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        gradient_checkpointing: bool = False,
+        activations: Activations = "keep",
+        tiled_mlp: int | None = None,
+        loss: Loss = "chunked",
         loss_chunk: int = 1024,
+        liger_kernels: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -69,14 +80,22 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
+        check_loss(loss)
         self.save_hyperparameters()
         self.model: Any = build_model(pretrained, architecture)
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if liger_kernels:
+            use_liger_kernels(self.model)
+        if tiled_mlp is not None:  # tiles of what Liger made of the MLPs
+            tile_mlps(self.model, tiled_mlp)
+        set_activations(self.model, activations)
         self._step_has_tokens = False
         self._step_total: Tensor | None = None
 
     def on_fit_start(self) -> None:
+        if self.hparams["tiled_mlp"] is not None:
+            check_strategy(self.trainer, "model.tiled_mlp")
+        if self.hparams["loss"] == "tiled":
+            check_strategy(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
         embeddings = self.model.get_input_embeddings().num_embeddings
         if tokens is not None and tokens > embeddings:
@@ -100,9 +119,8 @@ class SparseLM(LightningModule):
         part = shard_sequence(batch, ranks_of(self.trainer)) if self._trainer else batch
         call = {name: part[name] for name in _CALL if name in part}
         hidden = self.model.base_model(**call, use_cache=False).last_hidden_state
-        head, labels = self.model.get_output_embeddings(), part["labels"]
-        total = chunked_cross_entropy(hidden, head, labels, self.hparams["loss_chunk"])
-        return total, (labels != IGNORED).sum()
+        labels, kind, chunk = part["labels"], self.hparams["loss"], self.hparams["loss_chunk"]
+        return summed_loss(self.model, hidden, labels, kind, chunk), (labels != IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, _ = self.token_loss(batch)
@@ -125,8 +143,6 @@ class SparseLM(LightningModule):
         if gradients_are_whole(self.trainer):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        elif not self._step_has_tokens:
-            self.log("train/grad_norm", 0.0)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not self._step_has_tokens:
             # AdamW would go on by its momentum, and by decay, on a step that has nothing to learn

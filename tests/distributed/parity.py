@@ -42,6 +42,10 @@ ARCHITECTURE = {
 }
 BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
 ATTENTION = {"block": 8, "tile": 16}
+MEMORY = {"activations": "offload", "tiled_mlp": 3, "loss": "tiled", "loss_chunk": 50}
+"""All of the libraries' memory features."""
+MEMORY_CASES = [(0, True), (1, True), (2, True), (2, False), (3, True), (3, False)]
+"""Stage, and whether embedding and head share their weight: it has two gradients to wait for."""
 CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
 
 
@@ -112,11 +116,21 @@ class Keep(Callback):
             self.logged.append({name: float(shown[name]) for name in names})
 
 
+def plugin() -> SparseAttention:
+    return SparseAttention(BUDGET, **ATTENTION)
+
+
 def train(
-    strategy: Any, devices: int, accumulate: int, data: Rows, callbacks: list[Callback], **options
+    strategy: Any,
+    devices: int,
+    accumulate: int,
+    data: Rows,
+    callbacks: list[Callback],
+    module: SparseLM | None = None,
+    **options: Any,
 ) -> SparseLM:
     torch.manual_seed(0)
-    module = SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    module = module or SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -128,18 +142,31 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SparseAttention(BUDGET, **ATTENTION), *callbacks],
+        callbacks=callbacks,
         **options,
     )
     trainer.fit(module, datamodule=data)
     return module
 
 
-def gradients(strategy: Any, data_size: int, accumulate: int, devices: int) -> dict[str, Any]:
+def make_module(tied: bool, **memory: Any) -> SparseLM:
+    torch.manual_seed(0)
+    architecture = {**ARCHITECTURE, "tie_word_embeddings": tied}
+    return SparseLM(architecture=architecture, warmup_steps=0, learning_rate=1e-3, **memory)
+
+
+def gradients(
+    strategy: Any,
+    data_size: int,
+    accumulate: int,
+    devices: int,
+    module: SparseLM | None = None,
+) -> dict[str, Any]:
     """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
     data = Rows(data_size * accumulate, steps=3)
-    train(strategy, devices, accumulate, data, [keep], gradient_clip_val=0.05)
+    callbacks = [plugin(), keep]
+    train(strategy, devices, accumulate, data, callbacks, module, gradient_clip_val=0.05)
     return {"gradients": keep.gradients, "logged": keep.logged}
 
 
@@ -147,13 +174,36 @@ def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
     """The training loss of 30 optimizer steps of four rows."""
     keep = Keep()
     data = Rows(4, steps=30, seed=1)
-    train(strategy, devices, 4 // data_size, data, [keep])
+    train(strategy, devices, 4 // data_size, data, [plugin(), keep])
     return [logged["train/loss"] for logged in keep.logged]
+
+
+class Unaware(SparseLM):
+    """A module that would pass whole rows to the model."""
+
+    shards_sequences = False
+
+
+def refusals() -> dict[str, str]:
+    """What two ranks that would share rows are told."""
+    one_head = SparseLM(architecture={**ARCHITECTURE, "num_key_value_heads": 1})
+    told = {}
+    for name, module, callbacks in (
+        ("one head", one_head, [plugin()]),
+        ("not sparse", None, []),
+        ("unaware", Unaware(architecture=ARCHITECTURE), [plugin()]),
+    ):
+        strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
+        try:
+            train(strategy, 2, 1, Rows(1), callbacks, module)
+        except ValueError as error:
+            told[name] = str(error)
+    return told
 
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), "curve".
+    ("offload", stage), ("memory", stage, tied), "curve", "refusals".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -169,7 +219,16 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
                 offload_parameters="cpu" if stage == 3 else None,
             )
             found["offload", stage] = gradients(strategy, data_size, 4, world)
-    if world == 4:
+    if world == 2:
+        for stage, tied in MEMORY_CASES:
+            strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+            module = make_module(tied, **MEMORY)
+            found["memory", stage, tied] = gradients(
+                strategy, data_size, 4 // data_size, world, module
+            )
+    if (data_size, sequence_size) == (1, 2):
+        found["refusals"] = refusals()
+    if (data_size, sequence_size) == (2, 2):
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)
     return found

@@ -77,6 +77,35 @@ def test_offloading_to_the_cpu_changes_nothing(one, many, stage):
     _same_gradients(many("2x1")["offload", stage], one[8])
 
 
+@pytest.fixture(scope="module")
+def one_tied(parity):
+    return parity.gradients("auto", 1, 4, 1, parity.make_module(tied=True))
+
+
+@pytest.mark.parametrize("size", ["2x1", "1x2"])
+def test_memory_features_change_nothing(parity, one, one_tied, many, size):
+    for stage, tied in parity.MEMORY_CASES:
+        _same_gradients(many(size)["memory", stage, tied], one_tied if tied else one[4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_four_ranks_that_share_a_row(one, many, stage):
+    _same_gradients(many("1x4")[stage, 4], one[4])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("one head", "= 2 does not divide the 1 key-value heads of LlamaForCausalLM; on 2 ranks"),
+        ("not sparse", "LlamaForCausalLM does not run our attention: add SparseAttention"),
+        ("unaware", "Unaware does not say that it shards sequences: pass shard_sequence"),
+    ],
+)
+def test_what_cannot_share_rows_is_refused(many, what, message):
+    assert message in many("1x2")["refusals"][what]
+
+
 def test_thirty_steps_of_four_ranks_are_those_of_one(parity, many):
     alone = parity.curve("auto", 1, 1)
     assert alone[-1] < alone[0]
@@ -105,7 +134,7 @@ def test_the_selection_has_room_to_round(parity):
             (model,) = find_models(pl_module)
             observe(model, lambda *call: calls.append(call))
 
-    parity.train("auto", 1, 8, parity.Rows(8, steps=2), [Watch()])
+    parity.train("auto", 1, 8, parity.Rows(8, steps=2), [parity.plugin(), Watch()])
     assert len(calls) == 2 * 2 * 8, "layers x steps x rows"
     noise = torch.Generator().manual_seed(0)
     for _, q, k, _, _, _, selection, scale, documents in calls:
