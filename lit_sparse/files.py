@@ -45,7 +45,7 @@ def publish(unfinished: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a directory, if it is there; a directory loses its name first."""
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     leaving = path

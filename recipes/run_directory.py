@@ -39,7 +39,7 @@ class Run:
         root: parent of all runs.
         overwrite: delete a run of the same name instead of refusing to start.
         allow_changes: continue although the config, the data or the number of ranks changed in a
-            way that makes it another run.
+            way that makes it another run. Shards of DeepSpeed are for the same ranks in any case.
         rewind: continue from a checkpoint that is not the newest; the newer ones are moved to
             `checkpoints/abandoned`.
     """

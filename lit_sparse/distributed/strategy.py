@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,20 +16,18 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
 from pytorch_lightning.strategies import DeepSpeedStrategy, StrategyRegistry
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 
-from lit_sparse.distributed import checkpoint as checkpoints
 from lit_sparse.distributed import ulysses
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.distributed.precision import SparsePrecision
 from lit_sparse.distributed.ranks import Ranks
-from lit_sparse.files import remove
+from lit_sparse.distributed.saving import SavingStrategy
 
 NAME = "deepspeed_sparse"
 
 
-class DeepSpeedSparseStrategy(DeepSpeedStrategy):
+class DeepSpeedSparseStrategy(SavingStrategy):
     """Train with DeepSpeed, with the gradients of one process whatever the sharding.
 
     Differs from Lightning's strategy where that is wrong or refuses: it runs on CPUs (gloo) too, so
@@ -211,68 +208,6 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         # Here and not in setup: the callbacks have made the models sparse by now.
         if self.lightning_module is not None:
             ulysses.attach(self.lightning_module, self._ranks)
-
-    # -- checkpoints --
-
-    @property
-    def sharding(self) -> dict[str, int]:
-        """What a checkpoint that this run continues from has to be cut for."""
-        data, sequence = self.world_size // self.sequence_parallel, self.sequence_parallel
-        return {"stage": self.stage, "data": data, "sequence": sequence}
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return {}  # in the shards
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
-    ) -> None:
-        """Write a sharded checkpoint, a directory; or, of weights only, one ordinary file."""
-        if storage_options is not None:
-            raise TypeError("storage_options: DeepSpeed writes to local file systems only")
-        assert self.lightning_module is not None
-        path = Path(self.broadcast(filepath))
-        full = "optimizer_states" not in checkpoint
-        sharding = None if full else self.sharding
-        about = checkpoints.description(self.lightning_module, sharding)
-        checkpoint["lit_sparse"] = {**checkpoint.get("lit_sparse", {}), **about}
-        if full:
-            checkpoint["state_dict"] = checkpoints.full_state_dict(self.deepspeed_engine)
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path)
-            self.barrier("full checkpoint")
-        else:
-            for key in ("state_dict", "optimizer_states"):
-                del checkpoint[key]
-            checkpoints.save_sharded(self.deepspeed_engine, checkpoint, path)
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a sharded checkpoint of the same ranks and stage, or the file of any strategy to
-        validate or test it.
-
-        Raises:
-            ValueError: this run cannot go on from it.
-        """
-        module = self.lightning_module
-        assert module is not None
-        fitting = module.trainer.state.fn == TrainerFn.FITTING
-        path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir() or fitting:
-            checkpoints.check_sharding(path, self.sharding)
-            engine, strict = self.deepspeed_engine, module.strict_loading
-            return checkpoints.load_sharded(engine, path, fitting, strict)
-        # Only what a rank copies is read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if "state_dict" in checkpoint:  # of a file; shards are in their places already
-            weights = checkpoint["state_dict"]
-            checkpoints.load_full_state_dict(self.deepspeed_engine, weights, strict)
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            remove(Path(filepath))
 
     # -- a step that is not to be --
 

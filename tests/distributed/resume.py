@@ -1,17 +1,25 @@
 """Stops and continues runs with real DeepSpeed engines on real gloo ranks.
 
-`python resume.py DATAxSEQUENCE OUT CASE...` forks the ranks, which run each case one after the
-other: a whole run of four steps with checkpoints, the same run continued from its second step, and
-validations from its last one. A case is a JSON object, see `Case`. Rank 0 writes OUT/CASE.pt.
+`python resume.py OUT CASE...` forks ranks for the cases, JSON objects, see `Case`: a whole run of
+four steps with checkpoints in OUT/NAME, the same run continued from its second step, and
+validations from its last one. Rank 0 writes OUT/NAME.pt. The ranks of the last case then try what
+has to be refused, OUT/refused.pt, and run once more into OUT/killed, where one dies while it
+writes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
 import os
+import shutil
+import signal
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +29,9 @@ from pytorch_lightning import Callback, LightningDataModule, Trainer
 
 from lit_sparse.callbacks import RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
-from lit_sparse.distributed.checkpoint import full_state_dict
+from lit_sparse.distributed.weights import full_state_dict
 from lit_sparse.training import SparseLM
+from lit_sparse.training.checkpoint import newest_whole
 
 STEPS = 4
 
@@ -31,11 +40,19 @@ STEPS = 4
 class Case:
     """What differs between runs."""
 
+    name: str
+    data: int = 2
+    sequence: int = 1
     stage: int = 2
     accumulate: int = 1
     offload: bool = False
     precision: str = "32-true"
     tied: bool = False
+    frozen: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.sequence
 
 
 class Steps:
@@ -95,40 +112,6 @@ class Watch(Callback):
             self.shown.append({**shown, "step": trainer.global_step, "lr": groups[0]["lr"]})
 
 
-def trainer_of(case: Case, data_size: int, sequence_size: int, out: Path, *callbacks: Callback):
-    device = "cpu" if case.offload else None
-    strategy = DeepSpeedSparseStrategy(
-        stage=case.stage,
-        sequence_parallel=sequence_size,
-        offload_optimizer=device,
-        offload_parameters=device if case.stage == 3 else None,
-    )
-    return Trainer(
-        accelerator="cpu",
-        devices=data_size * sequence_size,
-        strategy=strategy,
-        precision=case.precision,
-        accumulate_grad_batches=case.accumulate,
-        gradient_clip_val=0.5,
-        max_epochs=1,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-        default_root_dir=out,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[SparseAttention(BUDGET, **ATTENTION), StepSeed(1), *callbacks],
-    )
-
-
-def module_of(case: Case, seed: int) -> SparseLM:
-    torch.manual_seed(seed)
-    architecture = {**ARCHITECTURE, "tie_word_embeddings": case.tied}
-    return SparseLM(architecture=architecture, warmup_steps=2, learning_rate=1e-2)
-
-
 class Weights(Callback):
     """Keeps the whole weights at the end of training, and leaves them as a file besides."""
 
@@ -142,52 +125,156 @@ class Weights(Callback):
             trainer.save_checkpoint(self.path, weights_only=True)
 
 
-def run(case: Case, data_size: int, sequence_size: int, out: Path) -> dict[str, Any]:
-    sizes = data_size, sequence_size
+class Runs:
+    """Trainings and validations of a case."""
 
-    def fit(seed: int, out: Path, path: Path | None = None):
-        watch, weights = Watch(), Weights(out / "full.ckpt" if path is None else None)
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def strategy(self) -> DeepSpeedSparseStrategy:
+        case, device = self.case, "cpu" if self.case.offload else None
+        return DeepSpeedSparseStrategy(
+            stage=case.stage,
+            sequence_parallel=case.sequence,
+            offload_optimizer=device,
+            offload_parameters=device if case.stage == 3 else None,
+        )
+
+    def trainer(self, strategy: Any, out: Path, *callbacks: Callback) -> Trainer:
+        return Trainer(
+            accelerator="cpu",
+            devices=1 if strategy == "auto" else self.case.ranks,
+            strategy=strategy or self.strategy(),
+            precision=self.case.precision,
+            accumulate_grad_batches=self.case.accumulate,
+            gradient_clip_val=0.5,
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            default_root_dir=out,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[SparseAttention(BUDGET, **ATTENTION), StepSeed(1), *callbacks],
+        )
+
+    def module(self, seed: int) -> SparseLM:
+        torch.manual_seed(seed)
+        architecture = {**ARCHITECTURE, "tie_word_embeddings": self.case.tied}
+        module = SparseLM(architecture=architecture, warmup_steps=2, learning_rate=1e-2)
+        module.model.get_input_embeddings().requires_grad_(not self.case.frozen)
+        return module
+
+    @property
+    def data(self) -> Data:
+        return Data(self.case.data * self.case.accumulate)
+
+    def fit(self, seed: int, out: Path, start: Path | None = None, strategy: Any = None):
+        watch, weights = Watch(), Weights(None if start else out / "full.ckpt")
         saving = RunCheckpoint(every_n_steps=2, keep=9)
-        trainer = trainer_of(case, *sizes, out, weights, watch, saving)
-        data = Data(data_size * case.accumulate)
-        trainer.fit(module_of(case, seed), datamodule=data, ckpt_path=path)
+        trainer = self.trainer(strategy, out, weights, watch, saving)
+        trainer.fit(self.module(seed), datamodule=self.data, ckpt_path=start)
         return {"shown": watch.shown, "weights": weights.found}
 
-    def validate(path: Path):
-        trainer = trainer_of(case, *sizes, out)
-        data = Data(data_size * case.accumulate)
+    def validate(self, path: Path, strategy: Any = None) -> float:
+        trainer = self.trainer(strategy, path.parent)
         (found,) = trainer.validate(
-            module_of(case, 2), datamodule=data, ckpt_path=path, verbose=False
+            self.module(2), datamodule=self.data, ckpt_path=path, verbose=False
         )
         return found["val/loss"]
 
-    whole, again = out / "whole", out / "again"
-    result = {
-        "whole": fit(0, whole),
-        "continued": fit(1, again, whole / "checkpoints" / "step=2.ckpt"),
-        "validated": {
-            "shards": validate(whole / "checkpoints" / "step=4.ckpt"),
-            "file": validate(whole / "full.ckpt"),
-        },
-    }
-    return result
+    def all(self, out: Path) -> dict[str, Any]:
+        whole = out / "whole"
+        found = {
+            "whole": self.fit(0, whole),
+            "continued": self.fit(1, out / "again", whole / "checkpoints" / "step=2.ckpt"),
+            "validated": {
+                "shards": self.validate(whole / "checkpoints" / "step=4.ckpt"),
+                "file": self.validate(whole / "full.ckpt"),
+            },
+        }
+        if self.case.sequence == 1:
+            found["validated"]["ddp"] = self.validate(whole / "full.ckpt", "ddp")
+        return found
 
 
-def main(size: str, out: Path, cases: list[str]) -> None:
+class Code:
+    """What a file of somebody else's may hold: loaded as it stands, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def poison(checkpoint: Path, copy: Path, mark: Path) -> None:
+    shutil.copytree(checkpoint, copy)
+    for shard in copy.rglob("*optim_states.pt"):
+        torch.save({"optimizer_state_dict": Code(mark)}, shard)
+
+
+def refused(runs: Runs, starts: dict[str, Path], out: Path) -> dict[str, str]:
+    """The errors of fits that must not begin; that from "stage" is of another stage."""
+    errors = {}
+    for name, start in starts.items():
+        strategy = DeepSpeedSparseStrategy(stage=1) if name == "stage" else None
+        try:
+            runs.fit(1, out / "refused", start, strategy)
+        except ValueError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def killed(runs: Runs, out: Path) -> None:
+    """A whole run of which rank 0 dies while it writes its last checkpoint."""
+    save = torch.save
+
+    def die(state: Any, file: Any) -> None:
+        save(state, file)
+        if state.get("global_step") == STEPS:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == "0":
+        torch.save = die
+    runs.fit(0, out)
+
+
+def main(out: Path, cases: list[Case]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    data_size, sequence_size = map(int, size.split("x"))
 
-    def child() -> None:
-        for text in cases:
-            case = Case(**json.loads(text))
-            name = "_".join(str(value) for value in asdict(case).values())
-            found = run(case, data_size, sequence_size, out / name)
-            if os.environ["RANK"] == "0":
-                torch.save(found, out / f"{name}.pt")
+    def write(found: Any, name: str) -> None:
+        if os.environ["RANK"] == "0":
+            torch.save(found, out / f"{name}.pt")
 
-    fork(data_size * sequence_size, child)
+    def each(group: list[Case]) -> None:
+        for case in group:
+            write(Runs(case).all(out / case.name), case.name)
+
+    for ranks, group in itertools.groupby(cases, lambda case: (case.data, case.sequence)):
+        fork(math.prod(ranks), partial(each, list(group)))
+    for case in cases:
+        alone = Runs(case).validate(out / case.name / "whole" / "full.ckpt", "auto")
+        torch.save(alone, out / f"{case.name}.alone.pt")
+
+    runs = Runs(case)
+    whole = out / case.name / "whole"
+    starts = {
+        "stage": whole / "checkpoints" / "step=2.ckpt",
+        "file": whole / "full.ckpt",
+        "code": out / "poisoned.ckpt",
+    }
+    poison(starts["stage"], starts["code"], out / "code_ran")
+    fork(case.ranks, lambda: write(refused(runs, starts, out), "refused"))
+
+    folder = out / "killed" / "checkpoints"
+    with contextlib.suppress(SystemExit):
+        fork(case.ranks, lambda: killed(runs, out / "killed"))
+    torch.save(sorted(path.name for path in folder.iterdir()), out / "left.pt")
+    fork(case.ranks, lambda: write(runs.fit(1, out / "killed", newest_whole(folder)), "after"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), [Case(**json.loads(text)) for text in sys.argv[2:]])
