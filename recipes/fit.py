@@ -19,11 +19,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 import lit_sparse.distributed.strategy  # noqa: F401 - registers deepspeed_sparse
 from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.distributed.checkpoint import check_sharding
 from lit_sparse.distributed.failure import lost_contact
+from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
-from lit_sparse.training.checkpoint import write_whole
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -122,9 +123,21 @@ class SparseCLI(LightningCLI):
                 yaml.safe_load(_dump(self._parser("fit"), self.config["fit"])),
                 self.trainer.world_size,
                 getattr(self.datamodule, "fingerprint", None),
+                self._sharding,
             )
             if self.trainer.is_global_zero:
                 self.run.rewind_to(Path(checkpoint))
+
+    @property
+    def _sharding(self) -> dict[str, int] | None:
+        return getattr(self.trainer.strategy, "sharding", None)
+
+    def before_validate(self) -> None:
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint and Path(checkpoint).is_dir():  # a file suits every strategy
+            check_sharding(Path(checkpoint), self._sharding)
+
+    before_test = before_validate
 
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change keys of the model: what differs is shown, not taken."""

@@ -22,11 +22,12 @@ from lit_sparse.distributed import ulysses
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.distributed.precision import SparsePrecision
 from lit_sparse.distributed.ranks import Ranks
+from lit_sparse.distributed.saving import SavingStrategy
 
 NAME = "deepspeed_sparse"
 
 
-class DeepSpeedSparseStrategy(DeepSpeedStrategy):
+class DeepSpeedSparseStrategy(SavingStrategy):
     """Train with DeepSpeed, with the gradients of one process whatever the sharding.
 
     Differs from Lightning's strategy where that is wrong or refuses: it runs on CPUs (gloo) too, so

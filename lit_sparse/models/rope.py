@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lit_sparse.models.support import require_known
@@ -135,6 +136,13 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
     config.rope_parameters = trial.rope_parameters
     config.max_position_embeddings = positions
     _install(model, rotary)
+
+
+def rebuild_rope(model: nn.Module, device: torch.device) -> None:
+    """Compute the frequencies from the config, for a model that was built without memory (meta)."""
+    require_known(model)
+    with device:
+        _install(model, type(cast(Any, model).base_model.rotary_emb)(_config(model)))
 
 
 def rotary_dimensions(model: nn.Module) -> int:

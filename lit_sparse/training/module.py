@@ -12,8 +12,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
+from lit_sparse.distributed.checkpoint import description
+from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
-from lit_sparse.models import build_model
+from lit_sparse.distributed.loading import load_sharded
+from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
@@ -30,6 +33,9 @@ class SparseLM(LightningModule):
 
     The model is an ordinary transformers one; the `SparseAttention` callback makes it sparse.
     Batches are those of `PackedTextDataModule`.
+
+    A new model is there from the start, whole on every rank, and a strategy may shard it later. A
+    pretrained one is checked at the start, and loaded by `configure_model`: under ZeRO 3 in shards.
 
     Args:
         pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
@@ -79,16 +85,35 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
+        check_source(pretrained, architecture)
         check_loss(loss)
         self.save_hyperparameters()
-        self.model: Any = build_model(pretrained, architecture)
-        if liger_kernels:
-            use_liger_kernels(self.model)
-        if tiled_mlp is not None:  # tiles of what Liger made of the MLPs
-            tile_mlps(self.model, tiled_mlp)
-        set_activations(self.model, activations)
+        self.model: Any = None
+        if pretrained is None:
+            # Before any strategy acts: the same random weights, however they will be sharded.
+            self.configure_model()
         self._step_has_tokens = False
         self._step_total: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Build `model`, unless it is there. Lightning calls this inside of what the strategy needs
+        to load pretrained weights in shards; call it to have them earlier.
+        """
+        if self.model is not None:
+            return
+        options = self.hparams
+        strategy: Any = self._trainer.strategy if self._trainer else None
+        if options["pretrained"] is not None and getattr(strategy, "zero_stage_3", False):
+            model = load_sharded(options["pretrained"], strategy.config)
+        else:
+            model = build_model(options["pretrained"], options["architecture"])
+        model.train()  # transformers loads for inference, where all activations are kept
+        if options["liger_kernels"]:
+            use_liger_kernels(model)
+        if options["tiled_mlp"] is not None:  # tiles of what Liger made of the MLPs
+            tile_mlps(model, options["tiled_mlp"])
+        set_activations(model, options["activations"])
+        self.model = model
 
     def on_fit_start(self) -> None:
         if self.hparams["tiled_mlp"] is not None:
@@ -189,13 +214,17 @@ class SparseLM(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # For one of weights only, of which no callback is told.
+        checkpoint.setdefault("lit_sparse", description(self, None))
+
     def configure_optimizers(self) -> Any:
         embeddings = {id(self.model.get_input_embeddings().weight)}
         decay: list[Tensor] = []
         keep: list[Tensor] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
-                matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+                matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
                 (decay if matrix else keep).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.hparams["weight_decay"]},

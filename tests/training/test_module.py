@@ -7,6 +7,7 @@ from pytorch_lightning import Trainer
 from lit_sparse import Budget
 from lit_sparse.callbacks import SparseAttention
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.models import build_model
 from lit_sparse.training import Curriculum, SparseLM, Stage
 
 
@@ -166,6 +167,23 @@ def test_validation_is_by_tokens_in_bits_per_byte(architecture, corpus):
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(loss), rel=1e-5)
     bits = float(trainer.callback_metrics["val/bits_per_byte"])
     assert bits == pytest.approx(float(loss) / 0.6931472, rel=1e-5)
+
+
+def test_a_pretrained_model_is_checked_at_once_and_built_when_asked(architecture, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pretrained: there is no directory .*nothing"):
+        SparseLM(pretrained=str(tmp_path / "nothing"))
+    build_model(architecture=architecture).save_pretrained(tmp_path)
+    module = SparseLM(pretrained=str(tmp_path), activations="recompute")
+    assert module.model is None
+    module.configure_model()
+    model = module.model
+    # In the mode for inference, that of from_pretrained, transformers keeps all activations.
+    assert all(layer.training and layer.gradient_checkpointing for layer in model.model.layers)
+    module.configure_model()
+    assert module.model is model
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no model\.safetensors"):
+        SparseLM(pretrained=str(tmp_path))
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(architecture, corpus):
