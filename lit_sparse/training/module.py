@@ -97,7 +97,7 @@ class SparseLM(LightningModule):
         if self.hparams["loss"] == "tiled":
             check_strategy(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().num_embeddings
+        embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
