@@ -181,8 +181,8 @@ def guard(size: str, stage: str, folder: Path) -> dict[str, Any]:
 
 
 def stop(size: str, stage: str, folder: Path) -> dict[str, Any]:
-    """Where a run ends that an alert stops in the first micro-batch of its second step."""
-    limits = CollapseLimits(missed_mass=1e-9)
+    """Where a run of five steps ends that an alert stops in the first micro-batch of a step."""
+    limits = CollapseLimits(missed_mass=1e-30)
     monitor = CollapseMonitor(**COMMON, patience=2, limits=limits, on_alert="stop")
     trainer = make_trainer(size, stage, [monitor])
     trainer.fit(make_module(), datamodule=Data(2, steps=5))
