@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 24
 """Bytes read at a time."""
@@ -65,29 +66,24 @@ class Sum:
     crc32: int
 
 
-class _Summing:
-    """Passes on what is written, and sums it."""
+class _Summing(io.BufferedWriter):
+    """Sums what is written from start to end."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.crc32 = file, 0, 0
+    size = crc32 = 0
 
     def write(self, data: Any) -> int:
         self.size += memoryview(data).nbytes
         self.crc32 = zlib.crc32(data, self.crc32)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        return super().write(data)
 
 
 def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> Sum:
     """Write a file from start to end, all the way to the disk."""
-    with open(path, "wb") as file:
-        summing = _Summing(file)
-        write(cast(BinaryIO, summing))
+    with _Summing(io.FileIO(path, "wb")) as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    return Sum(summing.size, summing.crc32)
+        return Sum(file.size, file.crc32)
 
 
 def sum_of(path: Path) -> Sum:

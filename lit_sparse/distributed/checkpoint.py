@@ -115,7 +115,7 @@ def check_sharding(path: Path, asked: Mapping[str, int] | None) -> None:
         way = f"use strategy deepspeed_sparse with {_named(saved)}"
     this = "is not sharded" if asked is None else f"is sharded for {_named(asked)}"
     raise ValueError(
-        f"ckpt_path: {path} {what}, but this run {this}, and optimizer states cannot be divided "
+        f"ckpt_path: {path} {what}, but this run {this}, and a checkpoint cannot be divided "
         f"anew: {way}, or start a new run from the weights (lit-sparse export, then "
         "--model.pretrained)"
     )
