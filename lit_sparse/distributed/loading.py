@@ -28,7 +28,7 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_sharded(directory: str | Path, config: Mapping[str, Any]) -> PreTrainedModel:
+def load_pretrained(directory: str | Path, config: Mapping[str, Any]) -> PreTrainedModel:
     """Build a causal language model from a local directory, sharded from the start.
 
     Rank 0 reads one tensor after the other; DeepSpeed sends it to all ranks, which keep their part

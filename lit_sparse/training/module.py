@@ -15,7 +15,7 @@ from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.checkpoint import description
 from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
-from lit_sparse.distributed.loading import load_sharded
+from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
@@ -104,7 +104,7 @@ class SparseLM(LightningModule):
         options = self.hparams
         strategy: Any = self._trainer.strategy if self._trainer else None
         if options["pretrained"] is not None and getattr(strategy, "zero_stage_3", False):
-            model = load_sharded(options["pretrained"], strategy.config)
+            model = load_pretrained(options["pretrained"], strategy.config)
         else:
             model = build_model(options["pretrained"], options["architecture"])
         model.train()  # transformers loads for inference, where all activations are kept

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lit_sparse.distributed.loading import load_sharded
+from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.models import build_model
 
 pytest.importorskip("deepspeed")
@@ -62,25 +62,25 @@ def test_tensors_that_are_not_the_models(directory, change, message):
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model\.pretrained: {message}"):
-        load_sharded(directory, STAGE_3)
+        load_pretrained(directory, STAGE_3)
 
 
 def test_tied_weights_that_are_stored_twice(directory):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     with pytest.raises(ValueError, match=r"has model\.embed_tokens\.weight and lm_head\.weight"):
-        load_sharded(directory, STAGE_3)
+        load_pretrained(directory, STAGE_3)
 
 
 def test_a_damaged_file(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model\.pretrained: .*model\.safetensors is damaged"):
-        load_sharded(directory, STAGE_3)
+        load_pretrained(directory, STAGE_3)
 
 
 def test_a_model_whose_names_are_not_known(tmp_path):
     config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is of model_type gpt2; ZeRO stage 3 loads llama, mis"):
-        load_sharded(tmp_path, STAGE_3)
+        load_pretrained(tmp_path, STAGE_3)
