@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.distributed.gathering import whole_shape, whole_tensor
+
 
 @torch.no_grad()
 def full_state_dict(engine: Any) -> dict[str, Any]:
@@ -16,22 +18,19 @@ def full_state_dict(engine: Any) -> dict[str, Any]:
     One parameter at a time is gathered. Weights that train in half precision are given in float32,
     as the optimizer of stages 1 to 3 has them. Tied parameters share one tensor. Collective.
     """
-    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     first = torch.distributed.get_rank() == 0
     trains = engine.client_optimizer is not None
     found: dict[str, Any] = {}
-    copies: dict[int, Tensor] = {}
+    copies: dict[int, Tensor | None] = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             found[name] = value
             continue
         if id(value) not in copies:
-            whole = safe_get_full_fp32_param(value) if trains and value.requires_grad else None
-            with GatheredParameters([value] if whole is None else []):
-                source = value if whole is None else whole
-                copies[id(value)] = source.detach().cpu().clone() if first else torch.empty(0)
+            trained = safe_get_full_fp32_param(value) if trains and value.requires_grad else None
+            copies[id(value)] = whole_tensor(value if trained is None else trained, wanted=first)
         found[name] = copies[id(value)]
     return found if first else {}
 
@@ -58,7 +57,7 @@ def load_full_state_dict(engine: Any, state_dict: Mapping[str, Any], strict: boo
     for name, target in own.items():
         if name not in state_dict or not isinstance(target, Tensor):
             continue
-        value, shape = state_dict[name], getattr(target, "ds_shape", target.shape)
+        value, shape = state_dict[name], whole_shape(target)
         if shape != value.shape:
             raise RuntimeError(f"{name}: {list(value.shape)} in the checkpoint, not {list(shape)}")
         with GatheredParameters([target], modifier_rank=0):
