@@ -25,7 +25,8 @@ test-all: install
 # All that needs a GPU, with the Python whose CUDA build of torch is installed (no .venv): the
 # checks, side by side where pytest-xdist is there, then the benchmark. OUT is where results go.
 OUT ?= runs/gpu
-GPU_TESTS := tests/attention/triton tests/recipes/test_benchmark_cuda.py
+GPU_TESTS := tests/attention/triton tests/recipes/test_benchmark_cuda.py \
+	tests/training/test_activations.py tests/training/test_liger.py
 gpu:
 	mkdir -p $(OUT)
 	status=0; \

@@ -16,6 +16,7 @@ from lit_sparse.callbacks.common import datamodule_of
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.logged import logged_state, restore_logged
 from lit_sparse.callbacks.stop import StopSignals
+from lit_sparse.distributed.checkpoint import description
 from lit_sparse.training.checkpoint import (
     AtomicCheckpointIO,
     checkpoint_name,
@@ -34,15 +35,18 @@ class RunCheckpoint(Checkpoint):
     exits with 128 + the number of the signal, 143 or 130. A second signal ends it at once.
 
     The moment is the start of the next step, before any other callback acts on it: the step before
-    is complete with its validation and its metrics are in the event files. Files are
-    `step=N.ckpt` after N steps, and appear whole or not at all. `StepSeed` makes the randomness of
+    is complete with its validation and its metrics are in the event files. Checkpoints are
+    `step=N.ckpt` after N steps, and appear whole or not at all: files, or under
+    `DeepSpeedSparseStrategy` directories of shards, which only the same number of ranks at the same
+    ZeRO stage can go on from. `StepSeed` makes the randomness of
     a run a function of the step. The loader must begin where the run goes on: those of
     `PackedTextDataModule` do, one with `state_dict` (torchdata's StatefulDataLoader) does, and with
     a plain one Lightning warns that it starts its epoch over.
 
     Besides what Lightning saves, the checkpoint holds, under "lit_sparse": the last value of each
     logged metric, the sizes of the event files, the number of ranks, and the `fingerprint` of the
-    data module where it has one.
+    data module where it has one. Every checkpoint, of `ModelCheckpoint` too, says there how it is
+    sharded and which models it holds, see `lit_sparse.distributed.checkpoint.description`.
 
     Args:
         every_n_steps: optimizer steps between checkpoints; None: only at stage ends and at the end.
@@ -95,6 +99,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
+        if trainer.fit_loop._combined_loader_states_to_load:
+            # A module that asks for estimated_stepping_batches has the loaders made before the
+            # trainer knows where they start: they are made again.
+            trainer.fit_loop._combined_loader = None
         if self._logged is not None:
             restore_logged(trainer, self._logged)
             self._logged = None
@@ -138,12 +146,14 @@ class RunCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        sharding = getattr(trainer.strategy, "sharding", None)
+        checkpoint["lit_sparse"] = description(pl_module, sharding)
         if not self._saving:  # somebody else's checkpoint, maybe in the middle of a step
             return
         fit_loop = checkpoint["loops"]["fit_loop"]
         _set_between_steps(fit_loop)
         fit_loop["state_dict"]["combined_loader"] = self._loaders
-        checkpoint["lit_sparse"] = {
+        checkpoint["lit_sparse"] |= {
             "logged": logged_state(trainer),
             "events": event_sizes(self._directory.parent) if trainer.is_global_zero else {},
             "ranks": trainer.world_size,

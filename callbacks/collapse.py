@@ -14,11 +14,7 @@ from lit_sparse.callbacks.alerts import Alarm, Reaction
 from lit_sparse.callbacks.collapse_metrics import head_metrics, row_metrics, spread
 from lit_sparse.callbacks.collapse_rules import CollapseLimits, CollapseRules
 from lit_sparse.callbacks.common import add_histogram
-from lit_sparse.callbacks.projection_gradients import (
-    gradients_are_whole,
-    projection_gradients,
-    total,
-)
+from lit_sparse.callbacks.projection_gradients import projection_gradients, total
 from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor
 from lit_sparse.callbacks.sampler import Sample
 
@@ -112,7 +108,8 @@ class CollapseMonitor(SampledAttentionMonitor):
     ) -> None:
         if not self.settings.due(trainer.global_step):
             return
-        if not gradients_are_whole(trainer):
+        gradients = projection_gradients(trainer, pl_module)
+        if gradients is None:
             if not self._said_invisible:
                 self._said_invisible = True
                 rank_zero_warn(
@@ -121,7 +118,7 @@ class CollapseMonitor(SampledAttentionMonitor):
                     "their norms are not logged"
                 )
             return
-        for name, norms in projection_gradients(pl_module).items():
+        for name, norms in gradients.items():
             if norms:
                 pl_module.log(f"collapse/{name}_grad_norm", total(norms))
             for layer, norm in norms.items():

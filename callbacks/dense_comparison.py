@@ -12,6 +12,8 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_sparse.distributed import Ranks, ranks_of
+from lit_sparse.distributed.gradients import engine_of
 from lit_sparse.models import dense_attention, find_documents
 
 IGNORED = -100
@@ -65,7 +67,8 @@ class DenseComparison:
     """Runs batches of one validation a second time, densely, and adds up the differences.
 
     The decoder's call is repeated, not the module's step: a step may log, count and use the head in
-    pieces. Of several calls in a step the first is compared.
+    pieces. Of several calls in a step the first is compared. Ranks that share a row compare their
+    parts of it, and a document that spans them counts as one.
 
     Args:
         model: a sparsified causal language model.
@@ -104,12 +107,14 @@ class DenseComparison:
         with trainer.precision_plugin.forward_context():
             with dense_attention(model):
                 dense = model.base_model(*args, **{**kwargs, "use_cache": False})[0]
-            tokens = _tokens(_named(model.base_model, args, kwargs), sparse, labels, batch)
+            named = _named(model.base_model, args, kwargs)
+            tokens = _tokens(named, sparse, labels, batch, ranks_of(trainer))
             places, targets = tokens.places.to(sparse.device), tokens.targets.to(sparse.device)
             sparse, dense = (x.flatten(0, 1)[places] for x in (sparse, dense))
             step = max(_LOGITS // model.config.vocab_size, 1)
+            pieces = -(-_most(trainer, len(places)) // step)
             head = model.get_output_embeddings()
-            found = compare(sparse, dense, head, targets, step).cpu().double()
+            found = compare(sparse, dense, head, targets, max(pieces, 1)).cpu().double()
         self._add(found, tokens)
 
     def result(self, pl_module: LightningModule) -> Gap | None:
@@ -117,6 +122,7 @@ class DenseComparison:
         documents = torch.cat([torch.zeros(0, 5, dtype=torch.float64), *self._documents])
         sums = self._sums
         if pl_module.trainer.world_size > 1:
+            ranks = ranks_of(pl_module.trainer)
 
             def gather(x: Tensor) -> Tensor:
                 return cast(Tensor, pl_module.all_gather(x.to(pl_module.device))).cpu()
@@ -124,7 +130,9 @@ class DenseComparison:
             sums = gather(sums).sum(0)
             most = int(gather(torch.tensor(len(documents))).max())
             documents = F.pad(documents, (0, 0, 0, most - len(documents)))
-            documents = gather(documents).flatten(0, 1)
+            # Ranks that share rows have parts of the same documents.
+            parts = gather(documents).unflatten(0, (ranks.data_size, ranks.sequence_size))
+            documents = parts.sum(1).flatten(0, 1)
         documents = documents[documents[:, 0] > 0]
         return Gap(sums, documents) if len(documents) else None
 
@@ -148,7 +156,7 @@ class DenseComparison:
         self._documents.append(sums.index_add_(0, tokens.document, columns))
 
 
-def compare(sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, step: int) -> Tensor:
+def compare(sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, pieces: int) -> Tensor:
     """float32 [T, 4]: KL(dense || sparse) in nats, whether the first choices agree, and the two
     losses in nats, 0 where there is no target.
 
@@ -156,11 +164,11 @@ def compare(sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, step: int
         sparse, dense: [T, D], last hidden states.
         head: the output embeddings.
         targets: int64 [T].
-        step: tokens whose logits exist at a time.
+        pieces: in which the tokens go through the head, so many that the logits of one have room.
     """
     parts = []
     for ours, theirs, target in zip(
-        sparse.split(step), dense.split(step), targets.split(step), strict=True
+        *(x.tensor_split(pieces) for x in (sparse, dense, targets)), strict=True
     ):
         ours, theirs = (head(x).float().log_softmax(-1) for x in (ours, theirs))
         kl = (theirs.exp() * (theirs - ours)).sum(-1)
@@ -172,29 +180,50 @@ def compare(sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, step: int
     return torch.cat(parts)
 
 
+def _most(trainer: Trainer, tokens: int) -> int:
+    """The largest number of tokens that a rank compares, where ranks have to call the head equally
+    often: its parameters are sharded, and each call puts them together.
+    """
+    engine = engine_of(trainer)
+    if engine is None or not engine.zero_optimization_partition_weights():
+        return tokens
+    count = torch.tensor(tokens, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(count, reduce_op="max"))
+
+
 @dataclass(frozen=True)
 class _Tokens:
-    """The T real tokens of a batch, document by document; int64 [T] on the host."""
+    """The T real tokens of a batch, or of this rank's part of it, document by document; int64 [T]
+    on the host.
+    """
 
     places: Tensor
     """Where they stand in [batch * length]."""
     document: Tensor
     documents: int
+    """Of the whole batch."""
     context: Tensor
     targets: Tensor
 
 
+_BY_TOKEN = ("attention_mask", "position_ids", "input_ids")
+"""Arguments of a decoder with a token dimension."""
+
+
 def _tokens(
-    call: Mapping[str, Any], hidden: Tensor, passed_labels: Tensor | None, batch: Any
+    call: Mapping[str, Any], hidden: Tensor, passed_labels: Tensor | None, batch: Any, ranks: Ranks
 ) -> _Tokens:
     """Documents of a decoder call and what each token should predict.
 
     Targets are the labels that the module passed to the model, or has in its batch, shifted already
-    or not; where it has none, the next token of the same document.
+    or not; where it has none, the next token of the same document. Where ranks share rows, the
+    call, `hidden` and the passed labels are this rank's part, the batch is whole.
     """
-    rows, length = hidden.shape[:2]
+    rows, length = hidden.shape[0], hidden.shape[1] * ranks.sequence_size
+    given = {name: x for name, x in call.items() if x is not None}
+    given |= {name: ranks.whole_row(given[name]) for name in _BY_TOKEN if name in given}
     telling = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
-    told = {name: call[name] for name in telling if call.get(name) is not None}
+    told = {name: given[name] for name in telling if name in given}
     found = find_documents(rows, length, length, **told)
     places = torch.arange(rows * length) if found.queries is None else found.queries.cpu()
     starts = torch.tensor(found.cu_seqlens)
@@ -203,7 +232,8 @@ def _tokens(
     context = torch.arange(len(places)) - starts[document] + 1
 
     targets = torch.full((len(places),), IGNORED)
-    ids, labels = call.get("input_ids"), passed_labels
+    ids = given.get("input_ids")
+    labels = None if passed_labels is None else ranks.whole_row(passed_labels)
     if labels is None and isinstance(batch, Mapping):
         labels = batch.get("labels")
     if labels is None or labels.shape != (rows, length):
@@ -215,6 +245,10 @@ def _tokens(
             targets[:-1] = torch.where(follows, packed[1:], IGNORED)
         else:
             targets = packed
+    if ranks.sequence_size > 1:  # one row without padding
+        part = ranks.own_part(length)
+        document, context, targets = document[part], context[part], targets[part]
+        places = torch.arange(len(targets))
     return _Tokens(places, document, len(found), context, targets)
 
 

@@ -194,7 +194,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
                 values[f"gap_by_context/kl_{n:05d}"] = kl
         if not math.isnan(gap.loss_delta):
             values["gap/loss_delta"] = gap.loss_delta
-        pl_module.log_dict(values)
+        pl_module.log_dict(values, sync_dist=True)
         if trainer.state.fn == TrainerFn.FITTING:
             self._judge(trainer, pl_module, gap)
 

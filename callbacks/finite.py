@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_sparse.callbacks.alerts import Alarm, Place, Reaction
-from lit_sparse.callbacks.not_finite import OutputWatch, gradient_norm, last_bad_gradient
+from lit_sparse.callbacks.not_finite import (
+    OutputWatch,
+    gradient_norm,
+    last_bad_gradient,
+    own_gradients,
+)
+from lit_sparse.distributed.gradients import discard_step, overflow_is_expected
 
 
 class FiniteGuard(Callback):
@@ -24,9 +30,9 @@ class FiniteGuard(Callback):
     is known without running anything again: the first one, in the order in which they ran, whose
     output was not finite; or, if all were, the last one that has a gradient that is not, since
     backward runs from the end. For any LightningModule with automatic optimization. In float16
-    mixed precision gradients that overflow are the gradient scaler's business, and only layers'
-    outputs are looked at. Where gradients are sharded (DeepSpeed, FSDP) each rank looks at those it
-    has.
+    gradients that overflow are the business of who scales the loss, and only layers' outputs are
+    looked at. Where gradients are sharded (DeepSpeed, FSDP) each rank looks at those it has, and
+    all ranks name the same place; ZeRO by itself would skip such a step without a word.
 
     Costs a sum over each layer's output, a norm over the gradients, one wait for the device a step,
     and with several ranks one all-reduce of a number, so that all do the same.
@@ -101,21 +107,19 @@ class FiniteGuard(Callback):
         """0, or a number of the place, the greater the earlier in the step: the greatest of all
         ranks is where it began.
         """
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and scaler.is_enabled()
-        norm = gradient_norm(pl_module)
+        norm = gradient_norm(own_gradients(trainer, pl_module))
         summed = norm if self._loss is None else norm + self._loss.to(norm.device)
         if self._watch is None or bool(summed.isfinite()):
             return 0
         parameters, layers = len(list(pl_module.parameters())), list(self._watch.layers)
         if (layer := self._watch.first_bad()) is not None:
             return parameters + 1 + len(layers) - layers.index(layer)
-        if scaled:
+        if overflow_is_expected(trainer):
             return 0
         if self._loss is not None and not bool(self._loss.isfinite()):
             return parameters + 1
         # None: the norm alone was too large for its dtype.
-        name = last_bad_gradient(pl_module)
+        name = last_bad_gradient(own_gradients(trainer, pl_module))
         return 0 if name is None else 1 + [n for n, _ in pl_module.named_parameters()].index(name)
 
     def _name(self, pl_module: LightningModule, number: int) -> str:
@@ -142,7 +146,7 @@ class FiniteGuard(Callback):
                 f"step {trainer.global_step}: {what}; the optimizer has not seen it, the weights "
                 "are those before this step (callbacks/README.md, alerts/not_finite)"
             )
-        optimizer.zero_grad(set_to_none=True)
+        discard_step(trainer, optimizer)
         self._thrown_away += 1
         pl_module.log("train/steps_not_finite", float(self._thrown_away))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor, nn
+
+from lit_sparse.distributed.gradients import own_gradient
 
 
 def watched_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -78,25 +81,24 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
+def gradient_norm(gradients: Iterable[tuple[str, Tensor]]) -> Tensor:
     """L2 norm of all gradients, 0 where there are none; not finite if one of them is not."""
-    return torch.nn.utils.get_total_norm([values for _, values in _gradients(module)])
+    return torch.nn.utils.get_total_norm([values for _, values in gradients])
 
 
-def last_bad_gradient(module: nn.Module) -> str | None:
-    """The last parameter, in the order in which they are registered, whose gradient is not finite.
+def last_bad_gradient(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The last one, in the order in which the parameters are registered, that is not finite.
 
     Backward runs from the last layer to the first: that is where it came up.
     """
-    found = None
-    for name, values in _gradients(module):
-        if not bool(values.isfinite().all()):
-            found = name
-    return found
+    bad = [name for name, values in gradients if not bool(values.isfinite().all())]
+    return bad[-1] if bad else None
 
 
-def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name of a parameter and its gradient's values, those of a sparse one (embeddings) too."""
+def own_gradients(trainer: Trainer, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name of each parameter that this rank has something of the gradient of, and what it has, see
+    `own_gradient`.
+    """
     for name, parameter in module.named_parameters():
-        if (gradient := parameter.grad) is not None:
-            yield name, gradient.coalesce().values() if gradient.is_sparse else gradient
+        if (gradient := own_gradient(trainer, parameter)) is not None:
+            yield name, gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.models import is_sparse, whole_sequences
 
 
 class PasskeyEval(Callback):
@@ -18,7 +20,8 @@ class PasskeyEval(Callback):
     Logs `passkey/teacher_forced` (share of prompts whose answer tokens are all the model's first
     choice, given the ones before), `passkey/token_accuracy` (share of answer tokens), and
     `passkey/generated` (share of answers that greedy generation with the cache gives exactly).
-    Needs a `PackedTextDataModule`.
+    Needs a `PackedTextDataModule`. Every rank asks for every passkey, also where ranks share rows:
+    there a prompt has to fit on one, without gradients.
 
     Args:
         prompts: prompts, at evenly spaced depths.
@@ -54,7 +57,9 @@ class PasskeyEval(Callback):
         tokens = torch.from_numpy(ids).to(pl_module.device)
         wanted = torch.from_numpy(answers).to(pl_module.device)
         right, generated = [], []
-        with trainer.precision_plugin.forward_context():
+        whole = whole_sequences(model) if is_sparse(model) else nullcontext()
+        # Where parameters are sharded every call needs all ranks: all make the same calls.
+        with whole, trainer.precision_plugin.forward_context():
             for prompt, answer in zip(tokens.split(1), wanted.split(1), strict=True):
                 logits = model(prompt, use_cache=False, logits_to_keep=answer.shape[1] + 1).logits
                 right.append(logits[:, :-1].argmax(-1) == answer)
@@ -70,7 +75,10 @@ class PasskeyEval(Callback):
                     )
                     generated.append((written[:, start:] == answer).all())
         hits = torch.cat(right)
-        pl_module.log("passkey/teacher_forced", hits.all(-1).float().mean())
-        pl_module.log("passkey/token_accuracy", hits.float().mean())
+        found = {
+            "passkey/teacher_forced": hits.all(-1).float().mean(),
+            "passkey/token_accuracy": hits.float().mean(),
+        }
         if generated:
-            pl_module.log("passkey/generated", torch.stack(generated).float().mean())
+            found["passkey/generated"] = torch.stack(generated).float().mean()
+        pl_module.log_dict(found, sync_dist=True)

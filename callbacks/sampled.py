@@ -22,12 +22,14 @@ class SampledAttentionMonitor(Callback):
     layer's queries, keys and values are observed where they pass (the first time in the step),
     detached, and `rows` query rows of them are compared with their whole context. Rows come from a
     generator of their own, seeded by the step, so that the run is bitwise the same with and without
-    a monitor, and resumes exactly. Monitors with the same settings share the measurement. Under
-    several ranks each samples its share, and all get the rows of all.
+    a monitor, and resumes exactly. Monitors with the same settings share the measurement. Of
+    several data-parallel ranks each samples its share, of ranks that share a row each measures its
+    heads, and all get the rows and heads of all.
 
     Args:
         every_n_steps: optimizer steps between measurements.
-        rows: query rows sampled in each layer, by all ranks together (a multiple of their number).
+        rows: query rows sampled in each layer, by all data-parallel ranks together (a multiple of
+            their number).
         min_context: keys that a sampled row sees at least.
         seed: of the rows.
         layers: layers to watch; None: all.

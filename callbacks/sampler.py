@@ -16,6 +16,7 @@ from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import STATISTICS, RowStatistics
 from lit_sparse.callbacks.common import sparse_models
 from lit_sparse.callbacks.step_seed import seed_of
+from lit_sparse.distributed import ranks_of
 from lit_sparse.models import Observation, budget_of, observe
 
 Moment = tuple[int, int, int]
@@ -50,8 +51,9 @@ class Sample:
     """
     similarity: Mapping[int, Tensor]
     """Layer number -> float32 [2, H]: how alike a head's outputs are in sampled rows, mean over
-    ranks, each with as many rows as `layers` has of all. ||X - mean|| / ||X|| (the rank residual; 0
-    where all rows get the same), and the mean cosine of two of them; NaN of a single row.
+    data-parallel ranks, each with as many rows as `layers` has of all. ||X - mean|| / ||X|| (the
+    rank residual; 0 where all rows get the same), and the mean cosine of two of them; NaN of a
+    single row.
     """
     heads: tuple[int, ...]
     """Number of each of the H query heads; NaN stands for those that a layer lacks."""
@@ -67,6 +69,21 @@ class Sample:
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=torch.nan)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What this rank measured of a layer: R of its rows and those of the H watched heads that it
+    attends with.
+    """
+
+    columns: list[int]
+    """Their places among all watched heads."""
+    rows: RowStatistics
+    similarity: Tensor
+    """[2, H]"""
+    budgets: Tensor
+    """[R]"""
+
+
 class Sampler:
     """Observes one forward for all monitors of the same settings."""
 
@@ -75,9 +92,7 @@ class Sampler:
         self._moment: Moment | None = None
         self._taken: Sample | None = None
         self._watches: list[Observation] = []
-        self._rows: dict[int, RowStatistics] = {}
-        self._similarity: dict[int, Tensor] = {}
-        self._budgets: dict[int, Tensor] = {}
+        self._seen: dict[int, _Seen] = {}
 
     def start(self, trainer: Trainer, pl_module: LightningModule, moment: Moment) -> None:
         """Observe the forward that comes next; nothing if another monitor asked already."""
@@ -85,11 +100,12 @@ class Sampler:
             return
         self.stop()
         self._moment, first = moment, 0
+        heads = self._watched(pl_module)[1]
         for model in sparse_models(pl_module):
             count = model.config.num_hidden_layers
             chosen = self.settings.layers
             own = range(count) if chosen is None else [i - first for i in chosen]
-            observer = self._observer(trainer, model, first)
+            observer = self._observer(trainer, model, first, heads)
             watch = observe(model, observer, [i for i in own if 0 <= i < count])
             self._watches.append(watch)
             first += count
@@ -99,7 +115,7 @@ class Sampler:
         for watch in self._watches:
             watch.remove()
         self._watches, self._moment, self._taken = [], None, None
-        self._rows, self._similarity, self._budgets = {}, {}, {}
+        self._seen = {}
 
     def take(self, trainer: Trainer, pl_module: LightningModule, moment: Moment) -> Sample | None:
         """What was observed since `start` of that moment, of all ranks; None if that is over."""
@@ -111,11 +127,24 @@ class Sampler:
             self._moment, self._taken = moment, sample
         return self._taken
 
-    def _observer(self, trainer: Trainer, model: Any, first: int) -> Callable[..., None]:
+    def _watched(self, pl_module: LightningModule) -> tuple[list[int], list[int]]:
+        """Numbers of the layers and of the query heads."""
+        chosen = (self.settings.layers, self.settings.heads)
+        counts = layers_and_heads(pl_module)
+        layers, heads = (list(n or range(m)) for n, m in zip(chosen, counts, strict=True))
+        return layers, heads
+
+    def _observer(
+        self, trainer: Trainer, model: Any, first: int, watched: list[int]
+    ) -> Callable[..., None]:
         chosen, (_, step) = self.settings, cast(Moment, self._moment)[1:]
-        heads = _heads_of(model, chosen.heads)
-        share = -(-chosen.rows // trainer.world_size)
-        seed = seed_of(chosen.seed, step, trainer.global_rank)
+        ranks = ranks_of(trainer)
+        # Of the ranks that share a row each has some heads, all have to look at the same rows.
+        seed = seed_of(chosen.seed, step, ranks.data_rank)
+        share = -(-chosen.rows // ranks.data_size)
+        own = ranks.own_heads(model.config.num_attention_heads)
+        columns = [i for i, head in enumerate(watched) if own.start <= head < own.stop]
+        heads = [watched[i] - own.start for i in columns]
 
         def observer(
             layer: int,
@@ -128,7 +157,7 @@ class Sampler:
             scale: float,
             documents: Any,
         ) -> None:
-            if first + layer in self._rows:
+            if first + layer in self._seen:
                 return  # of several calls in a step (a generation behind it) the first one counts
             # The same rows in every layer: what differs between two of them is the layer.
             generator = torch.Generator().manual_seed(seed)
@@ -136,50 +165,53 @@ class Sampler:
             if not len(rows) or not heads:
                 return
             found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse, heads=heads)
-            self._rows[first + layer] = found
             # As many as `rows` on each rank: a share may be one row, which is alike to nothing.
             generator.manual_seed(seed)
             rows = sample_rows(selection.plan, chosen.rows, generator, chosen.min_context)
-            self._similarity[first + layer] = _similarity(out[rows.to(out.device)][:, heads])
-            self._budgets[first + layer] = budget_of(model, layer)(found.context)
+            similarity = _similarity(out[rows.to(out.device)][:, heads])
+            budgets = budget_of(model, layer)(found.context)
+            self._seen[first + layer] = _Seen(columns, found, similarity, budgets)
 
         return observer
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> Sample:
-        layers, most = layers_and_heads(pl_module)
-        chosen = self.settings
-        numbers = list(range(layers) if chosen.layers is None else chosen.layers)
-        shown = tuple(range(most) if chosen.heads is None else chosen.heads)
+        numbers, heads = self._watched(pl_module)
+        ranks, device = ranks_of(trainer), pl_module.device
         # Of one size on all ranks, whatever each of them saw; NaN where it saw nothing.
-        size = (len(numbers), -(-chosen.rows // trainer.world_size), len(shown), len(STATISTICS))
-        values = torch.full(size, torch.nan, device=pl_module.device)
-        places = torch.full((*size[:2], 2), -1, device=pl_module.device)
-        alike = torch.full((len(numbers), 2, len(shown)), torch.nan, device=pl_module.device)
+        rows = -(-self.settings.rows // ranks.data_size)
+        size = (len(numbers), rows, len(heads), len(STATISTICS))
+        values = torch.full(size, torch.nan, device=device)
+        places = torch.full((*size[:2], 2), -1, device=device)
+        alike = torch.full((len(numbers), 2, len(heads)), torch.nan, device=device)
         for i, layer in enumerate(numbers):
-            if (found := self._rows.get(layer)) is not None:
-                count, heads = found.kl.shape
-                stacked = torch.stack([getattr(found, name) for name in STATISTICS], -1)
-                values[i, :count, :heads] = stacked.to(values)
-                places[i, :count, 0] = found.context.to(places.device)
-                places[i, :count, 1] = self._budgets[layer].to(places.device)
-                alike[i, :, :heads] = self._similarity[layer]
+            if (seen := self._seen.get(layer)) is not None:
+                count = len(seen.rows.context)
+                stacked = torch.stack([getattr(seen.rows, name) for name in STATISTICS], -1)
+                values[i][:count, seen.columns] = stacked.to(values)
+                places[i, :count, 0] = seen.rows.context.to(device)
+                places[i, :count, 1] = seen.budgets.to(device)
+                alike[i][:, seen.columns] = seen.similarity
         if trainer.world_size > 1:
 
             def gather(x: Tensor) -> Tensor:
-                return cast(Tensor, pl_module.all_gather(x))
+                """[data-parallel ranks, ranks that share a row, ...]"""
+                every = cast(Tensor, pl_module.all_gather(x))
+                return every.unflatten(0, (ranks.data_size, ranks.sequence_size))
 
-            values, places = (gather(x).transpose(0, 1).flatten(1, 2) for x in (values, places))
-            alike = gather(alike).nanmean(0)
+            # A head's values are on one of those that share a row; a mean of it alone is itself.
+            values, places = gather(values).nanmean(1), gather(places).amax(1)
+            values, places = (x.transpose(0, 1).flatten(1, 2) for x in (values, places))
+            alike = gather(alike).nanmean((0, 1))
         values, places, alike = values.cpu(), places.cpu(), alike.cpu()
-        rows, similarity, budgets = {}, {}, {}
+        layers, similarity, budgets = {}, {}, {}
         for i, layer in enumerate(numbers):
             real = places[i, :, 0] >= 0
             if real.any():
                 context, budgets[layer] = places[i, real].unbind(-1)
                 columns = dict(zip(STATISTICS, values[i, real].unbind(-1), strict=True))
-                rows[layer] = RowStatistics(context, **columns)
+                layers[layer] = RowStatistics(context, **columns)
                 similarity[layer] = alike[i]
-        return Sample(rows, similarity, shown, budgets)
+        return Sample(layers, similarity, tuple(heads), budgets)
 
 
 _samplers: WeakKeyDictionary[Trainer, dict[Settings, Sampler]] = WeakKeyDictionary()
@@ -195,11 +227,6 @@ def layers_and_heads(pl_module: LightningModule) -> tuple[int, int]:
     configs = [model.config for model in sparse_models(pl_module)]
     heads = max(config.num_attention_heads for config in configs)
     return sum(config.num_hidden_layers for config in configs), heads
-
-
-def _heads_of(model: Any, chosen: tuple[int, ...] | None) -> list[int]:
-    own = range(model.config.num_attention_heads)
-    return [head for head in (own if chosen is None else chosen) if head in own]
 
 
 def _similarity(x: Tensor) -> Tensor:

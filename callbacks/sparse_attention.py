@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
@@ -19,6 +20,7 @@ from lit_sparse.models import (
     is_sparse,
     law_of,
     observe,
+    restore_frequencies,
     sparsify,
 )
 
@@ -27,8 +29,8 @@ class SparseAttention(Callback):
     """Replace the attention of every transformers model in the LightningModule by sparse attention.
 
     Logs, where the trainer logs, `curriculum/budget` (keys of a query at the end of the longest
-    document of the batch) and `curriculum/density` (kept causal pairs / causal pairs, mean of the
-    layers).
+    document of the batches) and `curriculum/density` (kept causal pairs / causal pairs, mean of
+    layers, heads and ranks).
 
     Args:
         budget: the law k(n), where a stage of `ContextCurriculum` sets none.
@@ -75,6 +77,7 @@ class SparseAttention(Callback):
                     score=law.score,
                     backend=self.backend,
                 )
+            restore_frequencies(model)
 
     on_test_start = on_fit_start
     on_predict_start = on_fit_start
@@ -99,14 +102,22 @@ class SparseAttention(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self._watch:
+            return
         self._end_watch()
-        if self._selections:
-            longest = int(np.diff(self._selections[0].plan.keys).max(initial=1))
-            densities = [selection.density for selection in self._selections]
-            pl_module.log("curriculum/density", float(np.mean(densities)))
+        # All ranks go on, also one whose batch was nothing but padding.
+        densities = [selection.density for selection in self._selections]
+        longest = max((int(np.diff(s.plan.keys).max()) for s in self._selections), default=0)
+        self._selections = []
+        reduce, device = trainer.strategy.reduce, pl_module.device
+        total, count = reduce(
+            torch.tensor([sum(densities), len(densities)], device=device), reduce_op="sum"
+        )
+        longest = int(reduce(torch.tensor(longest, device=device), reduce_op="max"))
+        if longest:
+            pl_module.log("curriculum/density", total / count)
             budget = budget_of(transformers_models(pl_module)[0])
             pl_module.log("curriculum/budget", float(budget(longest)))
-            self._selections = []
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_sparse.callbacks.common import datamodule_of
 from lit_sparse.callbacks.curriculum import ContextCurriculum
+from lit_sparse.distributed import ranks_of
 
 _COLUMNS = (
     # title, key of a row, format
@@ -53,7 +54,7 @@ class StageReport(Callback):
         now = time.perf_counter()
         if (stage := _stage(trainer)) != self._stage:
             self._stage, self._tokens, self._seconds = stage, 0, 0.0
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        self._tokens += batch["input_ids"].numel() * ranks_of(trainer).data_size
         self._seconds += now - (self._mark or now)
         self._mark = now
 

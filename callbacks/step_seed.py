@@ -22,7 +22,8 @@ class StepSeed(Callback):
     """Seed PyTorch, NumPy and Python before each micro-batch, so that a run can be resumed exactly.
 
     The seed is drawn from (`seed`, optimizer step, micro-batch, rank): dropout is a function of the
-    step, no state of generators needs saving, and neither monitors nor a validation change it.
+    step, no state of generators needs saving, and neither monitors nor a validation change it. No
+    two ranks have a seed in common, since none have tokens in common, those of one row neither.
 
     Args:
         seed: not negative. None: the one given to `seed_everything`, or 0.

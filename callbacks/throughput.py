@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lit_sparse.distributed import ranks_of
+
 
 class Throughput(Callback):
-    """Log `train/tokens_per_second` (all ranks) and `train/memory_gib` (peak of this process).
+    """Log `train/tokens_per_second` (all ranks) and `train/memory_gib` (peak of the process with
+    the highest one).
 
     Time outside of training (validation, checkpoints) is not counted; loading a batch is. Tokens
-    are counted from the batch's `input_ids`.
+    are counted from the batch's `input_ids`, a row that ranks share once.
 
     Args:
         window: batches that a rate is averaged over.
@@ -42,12 +45,13 @@ class Throughput(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        tokens = batch["input_ids"].numel() * trainer.world_size
+        tokens = batch["input_ids"].numel() * ranks_of(trainer).data_size
         self._recent = [*self._recent[-self.window + 1 :], (tokens, now - self._mark)]
         self._mark = now
         rate = sum(t for t, _ in self._recent) / sum(s for _, s in self._recent)
         pl_module.log("train/tokens_per_second", rate)
-        pl_module.log("train/memory_gib", _peak_gib(pl_module.device))
+        peak = _peak_gib(pl_module.device)
+        pl_module.log("train/memory_gib", peak, reduce_fx="max", sync_dist=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = None

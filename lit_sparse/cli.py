@@ -9,6 +9,7 @@ _RECIPES = {
     "fit": ("lit_sparse.recipes.fit", "train a model: lit-sparse fit --config NAME_OR_PATH"),
     "validate": ("lit_sparse.recipes.fit", "validate a checkpoint of a run"),
     "test": ("lit_sparse.recipes.fit", "the same, as Lightning's test stage"),
+    "export": ("lit_sparse.recipes.export", "make a Hugging Face directory of a checkpoint"),
     "pack": ("lit_sparse.recipes.pack", "tokenise a corpus once, into a store to train from"),
     "configs": ("lit_sparse.recipes.shipped_configs", "list the shipped configs"),
     "kernels": ("lit_sparse.recipes.kernels", "compile the GPU kernels and report on them"),

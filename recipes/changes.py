@@ -26,6 +26,8 @@ HARMLESS = (
     "trainer.max_time",
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
+    "trainer.strategy.DeepSpeedSparseStrategy.nvme_path",
+    "trainer.strategy.DeepSpeedSparseStrategy.timeout_minutes",
     # Callbacks that only watch.
     "trainer.callbacks.CollapseMonitor",
     "trainer.callbacks.DenseGapMonitor",

@@ -16,12 +16,15 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+import lit_sparse.distributed.strategy  # noqa: F401 - registers deepspeed_sparse
 from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttention, StepSeed
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.distributed.checkpoint import check_sharding
+from lit_sparse.distributed.failure import lost_contact
+from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
-from lit_sparse.training.checkpoint import write_whole
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -112,16 +115,29 @@ class SparseCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.run.prepare(resume=bool(checkpoint))
         self.datamodule.setup()
-        print(self.datamodule.describe(), flush=True)
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe(), flush=True)
         if checkpoint:
             self.run.check_resume(
                 Path(checkpoint),
                 yaml.safe_load(_dump(self._parser("fit"), self.config["fit"])),
                 self.trainer.world_size,
                 getattr(self.datamodule, "fingerprint", None),
+                self._sharding,
             )
             if self.trainer.is_global_zero:
                 self.run.rewind_to(Path(checkpoint))
+
+    @property
+    def _sharding(self) -> dict[str, int] | None:
+        return getattr(self.trainer.strategy, "sharding", None)
+
+    def before_validate(self) -> None:
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint and Path(checkpoint).is_dir():  # a file suits every strategy
+            check_sharding(Path(checkpoint), self._sharding)
+
+    before_test = before_validate
 
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change keys of the model: what differs is shown, not taken."""
@@ -186,18 +202,31 @@ def main(argv: list[str]) -> int:
     # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # What is logged for all ranks has been put together already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    # Other libraries' calls, which their users cannot change.
+    for old in (".*is deprecated. Please use.*", ".*is deprecated, use torch.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=old, module="torch|lightning|pytorch_lightning")
     try:
         SparseCLI(resolve_configs(argv))
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
         # In training it matters where: no mistake in a config is left by then.
         if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
+        # Where one rank of a node has an error in the config, all have.
+        if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
+            print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # what was computed is wrong, not the program
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         print(f"lit-sparse: error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        lost = lost_contact(error)
+        if lost is None or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        print(f"lit-sparse: error: {lost}", file=sys.stderr)
         return 1
     return 0
 
@@ -213,11 +242,15 @@ def resolve_configs(argv: list[str]) -> list[str]:
     return resolved
 
 
-def _own(error: BaseException) -> BaseException:
+def _own(error: BaseException) -> str:
     """What a constructor raised: jsonargparse wraps it in all that the argument might have been."""
-    while error.__cause__ is not None and str(error).startswith("Does not validate against any"):
+    while str(error).startswith("Does not validate against any") and error.__cause__ is not None:
+        listed = re.findall(r"^  - (.*)$", str(error), re.MULTILINE)
+        own = [line for line in listed if not line.startswith("Expected a <")]
+        if len(own) == 1:
+            return own[0]
         error = error.__cause__
-    return error
+    return str(error)
 
 
 def _in_a_step(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import yaml
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
+from lit_sparse.distributed.checkpoint import check_sharding
+from lit_sparse.files import remove
 from lit_sparse.recipes.changes import changes
 from lit_sparse.training.checkpoint import (
     checkpoint_step,
@@ -37,7 +39,7 @@ class Run:
         root: parent of all runs.
         overwrite: delete a run of the same name instead of refusing to start.
         allow_changes: continue although the config, the data or the number of ranks changed in a
-            way that makes it another run.
+            way that makes it another run. Shards of DeepSpeed are for the same ranks in any case.
         rewind: continue from a checkpoint that is not the newest; the newer ones are moved to
             `checkpoints/abandoned`.
     """
@@ -118,7 +120,7 @@ class Run:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def checkpoint(self, wanted: str) -> str:
-        """The checkpoint file to continue from: a path, or "last" for the newest of this run that
+        """The checkpoint to continue from: a path, or "last" for the newest of this run that
         is whole.
 
         Raises:
@@ -142,7 +144,12 @@ class Run:
     # -- going on --
 
     def check_resume(
-        self, checkpoint: Path, config: Mapping[str, Any], ranks: int, data: str | None
+        self,
+        checkpoint: Path,
+        config: Mapping[str, Any],
+        ranks: int,
+        data: str | None,
+        sharding: Mapping[str, int] | None = None,
     ) -> None:
         """Compare a run with how it is to go on, and print the differences. Changes no file.
 
@@ -151,11 +158,14 @@ class Run:
             config: the effective config, as in config.yaml.
             ranks: processes that train.
             data: fingerprint of the data, None if it is not known.
+            sharding: of the strategy, see `lit_sparse.distributed.checkpoint.description`; no flag
+                allows another one than the checkpoint's.
 
         Raises:
             ValueError: the continuation would not be exact, or would abandon newer checkpoints,
                 and no flag says that this is wanted.
         """
+        check_sharding(checkpoint, sharding)
         newer = self._newer(checkpoint)
         whole = [path for path in newer if damage(path) is None]
         if whole and not self.rewind:
@@ -165,12 +175,11 @@ class Run:
                 "continue with --ckpt_path last, or give up what came after with --run.rewind true"
             )
         state = own_state(checkpoint)
-        if state is None:
+        if "ranks" not in state:
             rank_zero_warn(
                 f"{checkpoint} was not written by lit-sparse between two steps: what follows may "
                 "differ from the run that was stopped"
             )
-            state = {}
         harmful, harmless = self._differences(checkpoint, config)
         for what, old, new in (
             ("number of ranks", state.get("ranks"), ranks),
@@ -198,11 +207,10 @@ class Run:
         for path in self._newer(checkpoint):
             abandoned = self.checkpoints / "abandoned"
             abandoned.mkdir(exist_ok=True)
+            remove(abandoned / path.name)
             path.replace(abandoned / path.name)
-        if self._holds(checkpoint):
-            state = own_state(checkpoint)
-            if state is not None:
-                rewind_events(self.path, state["events"])
+        if self._holds(checkpoint) and (events := own_state(checkpoint).get("events")) is not None:
+            rewind_events(self.path, events)
 
     def _holds(self, checkpoint: Path) -> bool:
         return checkpoint.resolve().parent == self.checkpoints.resolve()

@@ -16,16 +16,18 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     # package -> those that it may import (DESIGN: recipes -> callbacks -> training, distributed,
     # data, models -> attention -> budget, theory)
+    "files": set(),
     "budget": set(),
     "theory": set(),
     "calibration": {"theory", "budget"},
     "attention": {"budget"},
-    "models": {"attention", "budget", "theory"},
-    "distributed": {"models", "attention", "budget"},
-    "training": {"distributed", "models", "attention", "budget"},
+    "models": {"files", "attention", "budget", "theory"},
+    "distributed": {"files", "models", "attention", "budget"},
+    "training": {"files", "distributed", "models", "attention", "budget"},
     "data": {"training", "distributed", "models", "attention", "budget"},
     "callbacks": {"training", "distributed", "data", "models", "attention", "budget", "theory"},
     "recipes": {
+        "files",
         "callbacks",
         "training",
         "distributed",

@@ -30,6 +30,7 @@ from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows.run import Packing, RunIndex
 from lit_sparse.data.stores.store import TokenStore, unigram_bits
 from lit_sparse.data.tokenizer import Tokenizer
+from lit_sparse.distributed import ranks_of
 from lit_sparse.training.curriculum import Curriculum
 
 
@@ -324,6 +325,14 @@ class PackedTextDataModule(LightningDataModule):
             raise ValueError(
                 f"data.rows_per_step = {self.rows_per_step} cannot be divided among {world} "
                 f"data-parallel ranks; the nearest that can: {near}"
+            )
+        sharers = ranks_of(self.trainer).sequence_size if self.trainer is not None else 1
+        if self.row_tokens % sharers:
+            below = self.row_tokens // sharers * sharers
+            raise ValueError(
+                f"data.row_tokens = {self.row_tokens} cannot be divided among the {sharers} ranks "
+                f"that share a row (strategy.sequence_parallel); the nearest that can: {below} "
+                f"and {below + sharers}"
             )
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if world > 1 and getattr(connector, "use_distributed_sampler", False):

@@ -83,6 +83,7 @@ DECIDED = {
     "scheduler": "the module's configure_optimizers makes it (model.warmup_steps, ...)",
     "sequence_parallel_size": "set strategy.sequence_parallel",
     "activation_checkpointing": "set model.activations",
+    "checkpoint": "all checkpoints have one layout",
 }
 """Keys of a given config that would decide what something else decides already -> what does."""
 

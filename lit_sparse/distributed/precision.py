@@ -34,8 +34,7 @@ class SparsePrecision(DeepSpeedPrecision):
                 f"{type(model).__name__}.training_step returned None: under DeepSpeed every rank "
                 "has to run each backward; return a loss of 0 instead"
             )
-        if not engine.is_gradient_accumulation_boundary():
-            return engine.step(**kwargs)
-        self._after_closure(model, optimizer)
+        if engine.is_gradient_accumulation_boundary():
+            self._after_closure(model, optimizer)
         with strategy.discarding():
             return engine.step(**kwargs)

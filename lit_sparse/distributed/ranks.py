@@ -41,6 +41,16 @@ class Ranks:
         part = heads // self.sequence_size
         return slice(self.sequence_rank * part, (self.sequence_rank + 1) * part)
 
+    def whole_row(self, part: Tensor) -> Tensor:
+        """The tokens [rows, T] of a row, of which each rank that shares it has a part [rows, T /
+        sequence_size]; without a gradient.
+        """
+        if self.group is None:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.sequence_size)]
+        torch.distributed.all_gather(parts, part.detach().contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
     def sum_of_row(self, value: Tensor) -> Tensor:
         """The sum of a value over the ranks that share a row; without a gradient."""
         if self.group is not None:

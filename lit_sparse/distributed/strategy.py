@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,11 +22,12 @@ from lit_sparse.distributed import ulysses
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.distributed.precision import SparsePrecision
 from lit_sparse.distributed.ranks import Ranks
+from lit_sparse.distributed.saving import SavingStrategy
 
 NAME = "deepspeed_sparse"
 
 
-class DeepSpeedSparseStrategy(DeepSpeedStrategy):
+class DeepSpeedSparseStrategy(SavingStrategy):
     """Train with DeepSpeed, with the gradients of one process whatever the sharding.
 
     Differs from Lightning's strategy where that is wrong or refuses: it runs on CPUs (gloo) too, so
@@ -67,6 +69,8 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         timeout_minutes: float = 30.0,
         config: dict[str, Any] | str | None = None,
     ) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to guess
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
@@ -80,6 +84,8 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         self.stage, self.sequence_parallel = stage, sequence_parallel
         self._ranks = Ranks()
         self._discards = False
+        self.discarded = False
+        """Whether the last call of the engine's step was a step that `discard_step` was for."""
         self._patience = timedelta(minutes=timeout_minutes)
         made = deepspeed_config(stage, offload_optimizer, offload_parameters, nvme_path, config)
         super().__init__(config=made, logging_level=logging.WARNING, timeout=self._patience)
@@ -110,6 +116,7 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_distributed()
         else:
+            _use_cpu()
             reset_seed()
             self.set_world_ranks()
             self._init_deepspeed_distributed()
@@ -148,6 +155,15 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         assert module is not None
         if self.sequence_parallel > 1:
+            assert isinstance(self.config, dict)
+            kept = self.config.get("data_types", {}).get("grad_accum_dtype")
+            if self.stage == 1 and kept == "fp32" and "bf16" in self.precision_plugin.precision:
+                # Its optimizer for this case takes sequence parallelism for tensor parallelism.
+                raise ValueError(
+                    "strategy.config has data_types.grad_accum_dtype = 'fp32', which DeepSpeed "
+                    "cannot do with strategy.stage: 1, bfloat16 and sequence parallelism: set "
+                    "strategy.stage: 2"
+                )
             ulysses.check_heads(module, self.sequence_parallel, self.world_size)
             if not getattr(module, "shards_sequences", False):
                 raise ValueError(
@@ -214,10 +230,10 @@ class DeepSpeedSparseStrategy(DeepSpeedStrategy):
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Around the engine's step: obey `discard_step`."""
-        if not self._discards:
+        self.discarded, self._discards = self._discards, False
+        if not self.discarded:
             yield
             return
-        self._discards = False
         optimizer: Any = self.deepspeed_engine.optimizer
         with _as_after_overflow(optimizer):
             yield
@@ -252,6 +268,19 @@ def _as_after_overflow(optimizer: Any) -> Iterator[None]:
             delattr(optimizer, name)
         for name, value in before.items():
             setattr(optimizer, name, value)
+
+
+def _use_cpu() -> None:
+    """Let DeepSpeed compute on CPUs, on a machine with GPUs too."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+    # Kernels for inference, which it would compile now, with a compiler that may not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _sequence_groups(size: int) -> Any:

@@ -1,9 +1,21 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
-from lit_sparse.models.build import build_model
+from lit_sparse.models.build import (
+    build_model,
+    check_source,
+    pretrained_config,
+    pretrained_generation,
+    weight_files,
+)
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
-from lit_sparse.models.rope import rope_parameters, set_max_positions, set_rope
+from lit_sparse.models.rope import (
+    rebuild_rope,
+    restore_frequencies,
+    rope_parameters,
+    set_max_positions,
+    set_rope,
+)
 from lit_sparse.models.sparsify import (
     Observation,
     alpha_factor,
@@ -22,7 +34,13 @@ from lit_sparse.models.sparsify import (
     whole_sequences,
 )
 from lit_sparse.models.state import Law
-from lit_sparse.models.support import SUPPORTED, attention_layers, check_support, find_models
+from lit_sparse.models.support import (
+    SUPPORTED,
+    attention_layers,
+    check_support,
+    find_models,
+    named_models,
+)
 
 __all__ = [
     "SUPPORTED",
@@ -35,6 +53,7 @@ __all__ = [
     "budget_of",
     "build_model",
     "check_rule",
+    "check_source",
     "check_support",
     "configured_law",
     "dense_attention",
@@ -43,7 +62,12 @@ __all__ = [
     "find_models",
     "is_sparse",
     "law_of",
+    "named_models",
     "observe",
+    "pretrained_config",
+    "pretrained_generation",
+    "rebuild_rope",
+    "restore_frequencies",
     "rope_parameters",
     "rule_parameters",
     "scale_budget",
@@ -54,5 +78,6 @@ __all__ = [
     "set_rope",
     "sparsify",
     "unsparsify",
+    "weight_files",
     "whole_sequences",
 ]

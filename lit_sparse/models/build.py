@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from lit_sparse.models.state import CONFIG_KEY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 # Not fields of a config class, and yet read by every one that has RoPE.
 _LEGACY = frozenset({"rope_theta", "rope_scaling"})
@@ -38,13 +39,83 @@ def build_model(
         ValueError: both or neither source, a directory without what is needed, or unknown keys; the
             message names `model.pretrained` or `model.architecture`.
     """
-    if (pretrained is None) == (architecture is None):
-        raise ValueError("set exactly one of model.pretrained and model.architecture")
+    check_source(pretrained, architecture)
     weights = _dtype(dtype)
     if pretrained is not None:
-        return _load(Path(pretrained), weights)
+        return _load(pretrained, weights)
     assert architecture is not None
     return _from_architecture(architecture, weights)
+
+
+def check_source(
+    pretrained: str | Path | None = None, architecture: Mapping[str, Any] | None = None
+) -> None:
+    """Raise what `build_model` would about the two sources, before any weight is made or read."""
+    if (pretrained is None) == (architecture is None):
+        raise ValueError("set exactly one of model.pretrained and model.architecture")
+    if pretrained is not None:
+        pretrained_config(pretrained)
+        weight_files(pretrained)
+    else:
+        assert architecture is not None
+        _architecture_config(architecture)
+
+
+def pretrained_config(directory: str | Path) -> PreTrainedConfig:
+    """The transformers config of a local directory; ValueError where there is none."""
+    from transformers import AutoConfig
+
+    path = Path(directory)
+    if not path.is_dir():
+        raise ValueError(
+            f"model.pretrained: there is no directory {path} (models are not downloaded; fetch it "
+            "first)"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.pretrained: {path} has no config.json")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"model.pretrained: {path / 'config.json'} cannot be read: {error}"
+        ) from error
+
+
+def pretrained_generation(directory: str | Path) -> GenerationConfig | None:
+    """How a local directory says that its model generates, or None where it says nothing."""
+    from transformers import GenerationConfig
+
+    if not (Path(directory) / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files that transformers loads from a directory: one, or those of its index.
+
+    Raises:
+        ValueError: there is neither, or a file of the index is missing.
+    """
+    path = Path(directory)
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise ValueError(
+            f"model.pretrained: {path} has no model.safetensors, nor an index of such files "
+            "(pickled weights are not loaded: they may run code; convert them with "
+            "save_pretrained)"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"model.pretrained: {index} is not an index of weights") from error
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.pretrained: {path} lacks {', '.join(missing)}, which {index.name} names"
+        )
+    return [path / name for name in names]
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -56,28 +127,29 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    if not path.is_dir():
-        raise ValueError(
-            f"model.pretrained: there is no directory {path} (models are not downloaded; fetch it "
-            "first)"
+    # Lightning's configure_model may run inside of the context of a device; transformers would then
+    # ask for accelerate. Strategies move the model.
+    with torch.device("cpu"):
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
         )
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.pretrained: {path} has no config.json")
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"model.pretrained: {path} has no *.safetensors (pickled weights are not loaded: they "
-            "may run code; convert them with save_pretrained)"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
-    )
 
 
 def _from_architecture(architecture: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(_architecture_config(architecture), dtype=dtype)
+
+
+def _architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     keys = {key: value for key, value in architecture.items() if key != "model_type"}
     kind = architecture.get("model_type")
@@ -95,8 +167,7 @@ def _from_architecture(architecture: Mapping[str, Any], dtype: torch.dtype) -> P
     if unknown:
         listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
         raise ValueError(f"model.architecture: {config_class.__name__} has no {listed}")
-    config = AutoConfig.for_model(kind, **keys)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoConfig.for_model(kind, **keys)
 
 
 def _nearest(key: str, known: list[str]) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lit_sparse.models.support import require_known
@@ -137,6 +138,13 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
     _install(model, rotary)
 
 
+def rebuild_rope(model: nn.Module, device: torch.device) -> None:
+    """Compute the frequencies from the config, for a model that was built without memory (meta)."""
+    require_known(model)
+    with device:
+        _install(model, type(cast(Any, model).base_model.rotary_emb)(_config(model)))
+
+
 def rotary_dimensions(model: nn.Module) -> int:
     """Dimensions of a head that RoPE rotates: head_dim, or the part of it that the model says."""
     return 2 * cast(Any, model).base_model.rotary_emb.inv_freq.numel()
@@ -168,6 +176,18 @@ def set_max_positions(model: nn.Module, n: int) -> None:
         )
     config.max_position_embeddings = n
     _install(model, _build_rotary(model, config))
+
+
+def restore_frequencies(model: nn.Module) -> None:
+    """Give RoPE its float32 frequencies back where a cast of the whole model has rounded them.
+
+    `model.to(torch.bfloat16)`, as Lightning and DeepSpeed call it for weights in half precision,
+    takes buffers along. Rounded to 8 bits a frequency is up to .4 % off: after 1000 tokens the
+    fastest dimension is radians away from where it was trained.
+    """
+    require_known(model)
+    if cast(Any, model).base_model.rotary_emb.inv_freq.dtype.itemsize < 4:
+        _install(model, _build_rotary(model, _config(model)))
 
 
 def _check_numbers(parameters: Mapping[str, Any]) -> None:

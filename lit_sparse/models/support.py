@@ -15,19 +15,25 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 def find_models(module: nn.Module) -> list[PreTrainedModel]:
     """The outermost transformers models in a module (LightningModule, PEFT wrapper), in order."""
+    return list(named_models(module).values())
+
+
+def named_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """The same models by their attribute paths in the module, e.g. "model"; "" for itself."""
     from transformers import PreTrainedModel
 
-    found: dict[int, PreTrainedModel] = {}
+    found: dict[str, PreTrainedModel] = {}
 
-    def visit(current: nn.Module) -> None:
+    def visit(path: str, current: nn.Module) -> None:
         if isinstance(current, PreTrainedModel):
-            found.setdefault(id(current), current)
+            if not any(current is other for other in found.values()):
+                found[path] = current
             return
-        for child in current.children():
-            visit(child)
+        for name, child in current.named_children():
+            visit(f"{path}.{name}" if path else name, child)
 
-    visit(module)
-    return list(found.values())
+    visit("", module)
+    return found
 
 
 def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:

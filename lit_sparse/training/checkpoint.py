@@ -1,24 +1,27 @@
-"""Checkpoint files: written whole or not at all, and checked before they are believed."""
+"""Checkpoints of a run: written whole or not at all, and checked before they are believed."""
 
 from __future__ import annotations
 
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+
+from lit_sparse.distributed import checkpoint as sharded
+from lit_sparse.files import remove, write_whole
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _UNFINISHED = ".*.tmp"
 
 
 def checkpoint_name(step: int) -> str:
-    """File name of the checkpoint after `step` optimizer steps."""
+    """Name of the checkpoint after `step` optimizer steps, a file or a directory."""
     return f"step={step}.ckpt"
 
 
@@ -37,13 +40,19 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None. Reads all of it: entries have checksums."""
-    if path.is_dir():  # sharded checkpoints are directories of the strategy's own format
-        return None
+    """What is wrong with a checkpoint, or None. Reads all of it: entries and files have checksums.
+
+    Of a sharded one, the first rank alone reads all, the others look at the sizes.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                return f"the checksum of {broken} does not match"
+        if path.is_dir():
+            first = getattr(rank_zero_only, "rank", 0) == 0
+            if wrong := sharded.damage(path, contents=first):
+                return wrong
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    return f"the checksum of {broken} does not match"
         own_state(path)  # the list of entries has no checksum, and PyTorch reads more of it
     except Exception as error:  # whatever a reader makes of arbitrary bytes
         return str(error).partition("\n")[0] or type(error).__name__
@@ -64,43 +73,22 @@ def newest_whole(directory: Path) -> Path | None:
     return None
 
 
-def own_state(path: Path) -> dict[str, Any] | None:
-    """What `RunCheckpoint` adds to a checkpoint; None in one that somebody else wrote, or that is
-    a directory. Tensors stay in the file.
+def own_state(path: Path) -> dict[str, Any]:
+    """What lit-sparse adds to a checkpoint: `lit_sparse.distributed.checkpoint.description`, and
+    what `RunCheckpoint` needs to go on exactly. {} in one that somebody else wrote. Tensors stay in
+    the file.
     """
     if path.is_dir():
-        return None
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("lit_sparse")
+        state = sharded.run_state(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state.get("lit_sparse", {})
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a process that was killed while it wrote has left."""
+    """Delete what a process that was killed while it wrote or removed has left."""
     for path in directory.glob(_UNFINISHED):
-        path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that, whenever the process or the machine stops, `path` is the old or the
-    new one.
-
-    A temporary file in the same directory (a rename is atomic only inside a file system) reaches
-    the disk before it gets the name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        remove(path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -121,6 +109,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            sharded.check_sharding(Path(path), None)
         return super().load_checkpoint(path, map_location, weights_only is not False)
 
 

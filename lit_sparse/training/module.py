@@ -12,10 +12,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
+from lit_sparse.distributed.checkpoint import description
+from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
-from lit_sparse.models import build_model
+from lit_sparse.distributed.loading import load_pretrained
+from lit_sparse.models import build_model, check_source
+from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
-from lit_sparse.training.loss import IGNORED, chunked_cross_entropy
+from lit_sparse.training.liger import use_liger_kernels
+from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
+from lit_sparse.training.tiled import check_strategy, tile_mlps
 
 _CALL = ("input_ids", "position_ids", "cu_seq_lens_q")
 """What of a batch the decoder is called with."""
@@ -28,6 +34,9 @@ class SparseLM(LightningModule):
     The model is an ordinary transformers one; the `SparseAttention` callback makes it sparse.
     Batches are those of `PackedTextDataModule`.
 
+    A new model is there from the start, whole on every rank, and a strategy may shard it later. A
+    pretrained one is checked at the start, and loaded by `configure_model`: under ZeRO 3 in shards.
+
     Args:
         pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
         architecture: transformers config of a new model: `model_type` and its keys.
@@ -36,8 +45,13 @@ class SparseLM(LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: of matrices; vectors (norms, biases) and embeddings do not decay.
         betas: of AdamW.
-        gradient_checkpointing: compute activations again in the backward instead of keeping them.
-        loss_chunk: tokens whose logits exist at a time.
+        activations: "keep" for the backward, "recompute" in it from the input of each layer, or
+            "offload": the same with those inputs in CPU memory.
+        tiled_mlp: parts of a row whose MLP activations exist one at a time (DeepSpeed); None for
+            the whole row.
+        loss: how the logits of a whole row are avoided: "chunked", "tiled" (DeepSpeed) or "liger".
+        loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
+        liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
     """
 
     applies_stage_learning_rates = True
@@ -55,8 +69,11 @@ class SparseLM(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        gradient_checkpointing: bool = False,
+        activations: Activations = "keep",
+        tiled_mlp: int | None = None,
+        loss: Loss = "chunked",
         loss_chunk: int = 1024,
+        liger_kernels: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -68,16 +85,43 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
+        check_source(pretrained, architecture)
+        check_loss(loss)
         self.save_hyperparameters()
-        self.model: Any = build_model(pretrained, architecture)
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model: Any = None
+        if pretrained is None:
+            # Before any strategy acts: the same random weights, however they will be sharded.
+            self.configure_model()
         self._step_has_tokens = False
         self._step_total: Tensor | None = None
 
+    def configure_model(self) -> None:
+        """Build `model`, unless it is there. Lightning calls this inside of what the strategy needs
+        to load pretrained weights in shards; call it to have them earlier.
+        """
+        if self.model is not None:
+            return
+        options = self.hparams
+        strategy: Any = self._trainer.strategy if self._trainer else None
+        if options["pretrained"] is not None and getattr(strategy, "zero_stage_3", False):
+            model = load_pretrained(options["pretrained"], strategy.config)
+        else:
+            model = build_model(options["pretrained"], options["architecture"])
+        model.train()  # transformers loads for inference, where all activations are kept
+        if options["liger_kernels"]:
+            use_liger_kernels(model)
+        if options["tiled_mlp"] is not None:  # tiles of what Liger made of the MLPs
+            tile_mlps(model, options["tiled_mlp"])
+        set_activations(model, options["activations"])
+        self.model = model
+
     def on_fit_start(self) -> None:
+        if self.hparams["tiled_mlp"] is not None:
+            check_strategy(self.trainer, "model.tiled_mlp")
+        if self.hparams["loss"] == "tiled":
+            check_strategy(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
         if tokens is not None and tokens > embeddings:
             raise ValueError(
                 f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
@@ -99,9 +143,8 @@ class SparseLM(LightningModule):
         part = shard_sequence(batch, ranks_of(self.trainer)) if self._trainer else batch
         call = {name: part[name] for name in _CALL if name in part}
         hidden = self.model.base_model(**call, use_cache=False).last_hidden_state
-        head, labels = self.model.get_output_embeddings(), part["labels"]
-        total = chunked_cross_entropy(hidden, head, labels, self.hparams["loss_chunk"])
-        return total, (labels != IGNORED).sum()
+        labels, kind, chunk = part["labels"], self.hparams["loss"], self.hparams["loss_chunk"]
+        return summed_loss(self.model, hidden, labels, kind, chunk), (labels != IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, _ = self.token_loss(batch)
@@ -171,13 +214,17 @@ class SparseLM(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # For one of weights only, of which no callback is told.
+        checkpoint.setdefault("lit_sparse", description(self, None))
+
     def configure_optimizers(self) -> Any:
         embeddings = {id(self.model.get_input_embeddings().weight)}
         decay: list[Tensor] = []
         keep: list[Tensor] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
-                matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+                matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
                 (decay if matrix else keep).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.hparams["weight_decay"]},

@@ -38,6 +38,14 @@ class Dropped(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
 
+class Counting(Dropped):
+    """Asks how many steps there will be, for which Lightning makes the loaders at once."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 9
+        return super().configure_optimizers()
+
+
 class Interrupt(Callback):
     def __init__(self, batch):
         self.batch = batch
@@ -73,11 +81,11 @@ class Numbered:
         self.start = state_dict["given"]
 
 
-def _train(directory, *callbacks, checkpoint=None, keep=3, loader=None):
+def _train(directory, *callbacks, checkpoint=None, keep=3, loader=None, model=None, **length):
     loader = loader or DataLoader(torch.ones(32, 64), batch_size=2)
     trainer = Trainer(
         default_root_dir=directory,
-        max_steps=8,
+        **(length or {"max_steps": 8}),
         accumulate_grad_batches=2,
         accelerator="cpu",
         logger=False,
@@ -85,7 +93,7 @@ def _train(directory, *callbacks, checkpoint=None, keep=3, loader=None):
         enable_model_summary=False,
         callbacks=[RunCheckpoint(every_n_steps=2, keep=keep), StepSeed(seed=3), *callbacks],
     )
-    model = Dropped()
+    model = model or Dropped()
     trainer.fit(model, loader, ckpt_path=checkpoint)
     return model, trainer.callback_metrics
 
@@ -153,6 +161,17 @@ def test_a_loader_with_a_state_goes_on_where_it_was(tmp_path, step):
     whole, _ = _train(tmp_path, keep=9, loader=Numbered())
     newest = tmp_path / "checkpoints" / f"step={step}.ckpt"
     continued, _ = _train(tmp_path / "again", checkpoint=newest, loader=Numbered())
+    assert torch.equal(continued.layer.weight, whole.layer.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_asks_for_the_number_of_steps_changes_nothing(tmp_path):
+    whole, _ = _train(tmp_path, keep=9, loader=Numbered(), model=Counting(), max_epochs=3)
+    start = tmp_path / "checkpoints" / "step=4.ckpt"
+    again = tmp_path / "again"
+    continued, _ = _train(
+        again, checkpoint=start, loader=Numbered(), model=Counting(), max_epochs=3
+    )
     assert torch.equal(continued.layer.weight, whole.layer.weight)
 
 

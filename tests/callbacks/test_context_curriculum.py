@@ -159,9 +159,7 @@ def test_a_model_that_copies_is_seen_to_recall(architecture, corpus):
     logged = {}
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     trainer.datamodule = data
-    lightning = type(
-        "Module", (), {"log": lambda self, name, value: logged.update({name: float(value)})}
-    )()
+    lightning = type("Module", (), {"log_dict": lambda self, found, **_: logged.update(found)})()
     lightning.device = torch.device("cpu")
     original = module.transformers_models
     module.transformers_models = lambda _: [Oracle()]

@@ -126,6 +126,15 @@ def test_a_budget_that_keeps_everything_trains_as_sdpa_does(architecture):
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
 
 
+def test_half_precision_leaves_the_frequencies_of_rope_alone(architecture):
+    module = TheirModule(architecture)
+    before = module.model.model.rotary_emb.inv_freq.clone()
+    trainer = make_trainer([SparseAttention(BUDGET)], max_steps=1, precision="bf16-true")
+    trainer.fit(module, _batches())
+    assert module.model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(module.model.model.rotary_emb.inv_freq, before)
+
+
 def test_validating_alone_is_sparse_too(architecture):
     module = TheirModule(architecture)
     make_trainer([_plugin()]).validate(module, _batches(1), verbose=False)

@@ -1,7 +1,7 @@
 """Trains with real DeepSpeed engines on real gloo ranks, and writes down gradients.
 
-`python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks (1x1: this process,
-Lightning's default strategy) and runs every case of `CASES` in them. Rank 0 writes OUT/CASE.pt.
+`python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks and runs every case in
+them, see `measure`. Rank 0 writes OUT, a torch file.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ ARCHITECTURE = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-BUDGET = Budget(alpha=2.0, exponent=0.5, floor=0, sink=8)
+BUDGET = Budget(alpha=5.0, exponent=0.5, floor=48, sink=8)
 ATTENTION = {"block": 8, "tile": 16}
+MEMORY = {"activations": "offload", "tiled_mlp": 3, "loss": "tiled", "loss_chunk": 50}
+"""All of the libraries' memory features."""
+MEMORY_CASES = [(0, True), (1, True), (2, True), (2, False), (3, True), (3, False)]
+"""Stage, and whether embedding and head share their weight: it has two gradients to wait for."""
 CASES = [(stage, accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 4)]
 
 
@@ -112,11 +116,21 @@ class Keep(Callback):
             self.logged.append({name: float(shown[name]) for name in names})
 
 
+def plugin() -> SparseAttention:
+    return SparseAttention(BUDGET, **ATTENTION)
+
+
 def train(
-    strategy: Any, devices: int, accumulate: int, data: Rows, callbacks: list[Callback], **options
+    strategy: Any,
+    devices: int,
+    accumulate: int,
+    data: Rows,
+    callbacks: list[Callback],
+    module: SparseLM | None = None,
+    **options: Any,
 ) -> SparseLM:
     torch.manual_seed(0)
-    module = SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    module = module or SparseLM(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -128,27 +142,96 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SparseAttention(BUDGET, **ATTENTION), *callbacks],
+        callbacks=callbacks,
         **options,
     )
     trainer.fit(module, datamodule=data)
     return module
 
 
-def case(data_size: int, sequence_size: int, stage: int, accumulate: int, out: Path) -> None:
+def make_module(tied: bool, **memory: Any) -> SparseLM:
+    torch.manual_seed(0)
+    architecture = {**ARCHITECTURE, "tie_word_embeddings": tied}
+    return SparseLM(architecture=architecture, warmup_steps=0, learning_rate=1e-3, **memory)
+
+
+def gradients(
+    strategy: Any,
+    data_size: int,
+    accumulate: int,
+    devices: int,
+    module: SparseLM | None = None,
+) -> dict[str, Any]:
+    """Three optimizer steps with clipped gradients; the second has no label if it has one row."""
     keep = Keep()
+    data = Rows(data_size * accumulate, steps=3)
+    callbacks = [plugin(), keep]
+    train(strategy, devices, accumulate, data, callbacks, module, gradient_clip_val=0.05)
+    return {"gradients": keep.gradients, "logged": keep.logged}
+
+
+def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
+    """The training loss of 30 optimizer steps of four rows."""
+    keep = Keep()
+    data = Rows(4, steps=30, seed=1)
+    train(strategy, devices, 4 // data_size, data, [plugin(), keep])
+    return [logged["train/loss"] for logged in keep.logged]
+
+
+class Unaware(SparseLM):
+    """A module that would pass whole rows to the model."""
+
+    shards_sequences = False
+
+
+def refusals() -> dict[str, str]:
+    """What two ranks that would share rows are told."""
+    one_head = SparseLM(architecture={**ARCHITECTURE, "num_key_value_heads": 1})
+    told = {}
+    for name, module, callbacks in (
+        ("one head", one_head, [plugin()]),
+        ("not sparse", None, []),
+        ("unaware", Unaware(architecture=ARCHITECTURE), [plugin()]),
+    ):
+        strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
+        try:
+            train(strategy, 2, 1, Rows(1), callbacks, module)
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
+def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
+    """What the ranks of one size find, by case: (stage, accumulation), "ddp",
+    ("offload", stage), ("memory", stage, tied), "curve", "refusals".
+    """
     world = data_size * sequence_size
-    strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
-    train(
-        strategy,
-        world,
-        accumulate,
-        Rows(data_size * accumulate, steps=2),
-        [keep],
-        gradient_clip_val=0.05,
-    )
-    if os.environ["RANK"] == "0":
-        torch.save({"gradients": keep.gradients, "logged": keep.logged}, out)
+    found: dict[Any, Any] = {}
+    for stage, accumulate in CASES:
+        strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+        found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
+    if sequence_size == 1:
+        found["ddp"] = gradients("ddp", data_size, 4, world)
+        for stage in (1, 2, 3):
+            strategy = DeepSpeedSparseStrategy(
+                stage=stage,
+                offload_optimizer="cpu",
+                offload_parameters="cpu" if stage == 3 else None,
+            )
+            found["offload", stage] = gradients(strategy, data_size, 4, world)
+    if world == 2:
+        for stage, tied in MEMORY_CASES:
+            strategy = DeepSpeedSparseStrategy(stage=stage, sequence_parallel=sequence_size)
+            module = make_module(tied, **MEMORY)
+            found["memory", stage, tied] = gradients(
+                strategy, data_size, 4 // data_size, world, module
+            )
+    if (data_size, sequence_size) == (1, 2):
+        found["refusals"] = refusals()
+    if (data_size, sequence_size) == (2, 2):
+        strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
+        found["curve"] = curve(strategy, data_size, world)
+    return found
 
 
 def fork(world: int, run: Any) -> None:
@@ -181,8 +264,9 @@ def main(size: str, out: Path) -> None:
     data_size, sequence_size = map(int, size.split("x"))
 
     def run() -> None:
-        for stage, accumulate in CASES:
-            case(data_size, sequence_size, stage, accumulate, out / f"{stage}_{accumulate}.pt")
+        found = measure(data_size, sequence_size)
+        if os.environ["RANK"] == "0":
+            torch.save(found, out)
 
     fork(data_size * sequence_size, run)
 

@@ -51,8 +51,20 @@ def test_directory_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"model\.pretrained: .* has no config\.json"):
         build_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.pretrained: .*config\.json cannot be read"):
+        build_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no \*\.safetensors"):
+    # Mistral's own format, which some directories bring besides.
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no model\.safetensors"):
+        build_model(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002\.safetensors, which"):
+        build_model(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json is not an index of weights"):
         build_model(tmp_path)
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lit_sparse.budget import Budget
-from lit_sparse.models import rope_parameters, set_max_positions, set_rope, sparsify
+from lit_sparse.models import (
+    restore_frequencies,
+    rope_parameters,
+    set_max_positions,
+    set_rope,
+    sparsify,
+)
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
@@ -77,6 +83,19 @@ def test_frequencies_stay_float32(tiny):
     assert rotary.inv_freq.dtype == torch.float32
     assert rotary.config is model.config
     assert set(model.state_dict()) == weights
+
+
+def test_frequencies_that_a_cast_has_rounded_are_restored(tiny):
+    model, plain = tiny("llama"), tiny("llama")
+    model.to(torch.bfloat16)
+    rounded = model.model.rotary_emb.inv_freq
+    assert rounded.dtype == torch.bfloat16
+    restore_frequencies(model)
+    frequencies = model.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, plain.model.rotary_emb.inv_freq)
+    assert not torch.equal(frequencies, rounded.float())
+    restore_frequencies(model)
+    assert model.model.rotary_emb.inv_freq is frequencies
 
 
 def test_max_positions(tiny, tokens):

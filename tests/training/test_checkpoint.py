@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_sparse.files import write_whole
 from lit_sparse.training.checkpoint import (
     AtomicCheckpointIO,
     checkpoints,
@@ -11,7 +12,6 @@ from lit_sparse.training.checkpoint import (
     newest_whole,
     remove_unfinished,
     rewind_events,
-    write_whole,
 )
 
 

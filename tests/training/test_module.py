@@ -4,7 +4,10 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
+from lit_sparse import Budget
+from lit_sparse.callbacks import SparseAttention
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.models import build_model
 from lit_sparse.training import Curriculum, SparseLM, Stage
 
 
@@ -79,6 +82,32 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_step(architecture, corpus):
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_memory_features_change_no_gradient(architecture, corpus):
+    """Sparse, over packed documents and two micro-batches a step, all features at once."""
+    pytest.importorskip("deepspeed")
+    features = {"activations": "offload", "tiled_mlp": 3, "loss": "tiled", "loss_chunk": 200}
+
+    def gradients(**options):
+        found = []
+
+        class Keep(SparseLM):
+            def on_before_optimizer_step(self, optimizer):
+                found.append({n: p.grad.clone() for n, p in self.model.named_parameters()})
+                super().on_before_optimizer_step(optimizer)
+
+        torch.manual_seed(0)
+        module = Keep(architecture=architecture, warmup_steps=0, learning_rate=1e-6, **options)
+        law = Budget.fixed(64, sink=16, local=0.25)
+        sparse = SparseAttention(law, block=16, tile=16)
+        data = _data(corpus, steps=2, rows_per_step=2)
+        _fit(module, data, callbacks=[sparse], limit_val_batches=1.0)
+        return found
+
+    for ours, plain in zip(gradients(**features), gradients(), strict=True):
+        for name, gradient in plain.items():
+            assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_a_step_without_loss_tokens_leaves_the_weights_alone(architecture, corpus):
     module = SparseLM(architecture=architecture, warmup_steps=0, learning_rate=1e-2)
     weights = []
@@ -138,6 +167,23 @@ def test_validation_is_by_tokens_in_bits_per_byte(architecture, corpus):
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(loss), rel=1e-5)
     bits = float(trainer.callback_metrics["val/bits_per_byte"])
     assert bits == pytest.approx(float(loss) / 0.6931472, rel=1e-5)
+
+
+def test_a_pretrained_model_is_checked_at_once_and_built_when_asked(architecture, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pretrained: there is no directory .*nothing"):
+        SparseLM(pretrained=str(tmp_path / "nothing"))
+    build_model(architecture=architecture).save_pretrained(tmp_path)
+    module = SparseLM(pretrained=str(tmp_path), activations="recompute")
+    assert module.model is None
+    module.configure_model()
+    model = module.model
+    # In the mode for inference, that of from_pretrained, transformers keeps all activations.
+    assert all(layer.training and layer.gradient_checkpointing for layer in model.model.layers)
+    module.configure_model()
+    assert module.model is model
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* has no model\.safetensors"):
+        SparseLM(pretrained=str(tmp_path))
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(architecture, corpus):

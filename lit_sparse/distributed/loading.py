@@ -1,0 +1,173 @@
+"""Loading pretrained weights into shards (ZeRO 3): no rank ever has the whole model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.models import (
+    SUPPORTED,
+    pretrained_config,
+    pretrained_generation,
+    rebuild_rope,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers that follow from the config; older versions of transformers saved them."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_pretrained(directory: str | Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """Build a causal language model from a local directory, sharded from the start.
+
+    Rank 0 reads one tensor after the other; DeepSpeed sends it to all ranks, which keep their part
+    of it. The names in the files have to be those of the model: what transformers renames or fuses
+    when it loads old checkpoints is not done here, and the `SUPPORTED` models need none of it.
+
+    Args:
+        directory: as `save_pretrained` writes it. Every rank reads the headers of its files.
+        config: of DeepSpeed, with ZeRO stage 3; it decides the dtype of the weights.
+
+    Raises:
+        ValueError: on every rank: there is no model, or its tensors are not those of its config;
+            the message names tensor and file.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    files = _TensorFiles(weight_files(directory))
+    with _outside_zero_init():
+        model = _without_weights(directory, _dtype(config))
+        parameters = _parameters(model)
+        _check(directory, parameters, files)
+        # One for all: temporary ones would leave holes of their size between the shards.
+        largest = max(parameter.numel() for _, parameter in parameters)
+        room = torch.empty(largest, dtype=model.dtype)
+        for names, empty in parameters:
+            values = room[: empty.numel()].view(empty.shape)
+            if torch.distributed.get_rank() == 0:
+                values.copy_(files.read(next(name for name in names if name in files.shapes)))
+            parameter = nn.Parameter(values)
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=dict(config)
+            )
+            for name in names:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, parameter)
+        # The engine moves nothing of a model that is sharded already.
+        rebuild_rope(model, torch.device(get_accelerator().current_device_name()))
+    return model
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+@contextmanager
+def _outside_zero_init() -> Iterator[None]:
+    """Inside, modules are built as they always are, although Lightning has entered DeepSpeed's
+    `zero.Init`, which would allocate each weight whole, on every rank, to shard noise.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    partition_parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition_parameters.restore_init_context()
+
+
+def _without_weights(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = pretrained_config(directory)
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"model.pretrained: {directory} is of model_type {config.model_type}; ZeRO stage 3 "
+            f"loads {', '.join(SUPPORTED)} (set strategy.stage to 2 for other models)"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (generation := pretrained_generation(directory)) is not None:
+        model.generation_config = generation
+    return model.eval()
+
+
+def _parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Every parameter once, with its names: tied ones have several."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+class _TensorFiles:
+    """The tensors of some safetensors files, read one at a time; ValueError for a damaged file."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in paths:
+            try:
+                self._open[path] = file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"model.pretrained: {path} is damaged: {error}") from error
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                header = file.get_slice(name)
+                self.shapes[name] = tuple(header.get_shape())
+                self.dtypes[name] = header.get_dtype()
+                self.files[name] = path
+
+    def read(self, name: str) -> Tensor:
+        return self._open[self.files[name]].get_tensor(name)
+
+
+def _check(
+    directory: str | Path, parameters: list[tuple[list[str], nn.Parameter]], files: _TensorFiles
+) -> None:
+    known = {name for names, _ in parameters for name in names}
+    for name, file in files.files.items():
+        if name not in known and not _COMPUTED.search(name):
+            raise ValueError(
+                f"model.pretrained: {file} has a tensor {name}, which its config.json does not "
+                "(a model is loaded in shards under the names that transformers saves today; load "
+                "it once with transformers, and save_pretrained it)"
+            )
+    for names, parameter in parameters:
+        present = [name for name in names if name in files.files]
+        if not present:
+            raise ValueError(
+                f"model.pretrained: the files of {directory} lack the tensor {names[0]} "
+                f"{list(parameter.shape)}"
+            )
+        if len(present) > 1:
+            raise ValueError(
+                f"model.pretrained: {files.files[present[1]]} has {' and '.join(present)}, which "
+                "the config.json ties to each other: if they differ, set tie_word_embeddings there "
+                "to false"
+            )
+        name = present[0]
+        file, shape, dtype = files.files[name], files.shapes[name], files.dtypes[name]
+        if shape != tuple(parameter.shape) or dtype not in _FLOATS:
+            raise ValueError(
+                f"model.pretrained: {name} in {file} is {dtype} {list(shape)}, its config.json "
+                f"asks for floating point {list(parameter.shape)}"
+            )

@@ -1,0 +1,73 @@
+"""The writer of Hugging Face directories: files, tied weights, all or nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
+
+
+def _write(model, directory, dtype=torch.float32, read=None, **options):
+    held = stored_tensors(model)
+    weights = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in held.items()}
+    write_model(model, directory, weights, read or (lambda n: held[n].detach()), **options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_is_what_save_pretrained_writes(kind, tiny, tmp_path, tied):
+    model = tiny(kind, tie_word_embeddings=tied)
+    _write(model, tmp_path / "ours", shard_size="60KB")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
+    assert len(names) > 4
+    for name in names:
+        ours, theirs = tmp_path / "ours" / name, tmp_path / "theirs" / name
+        assert ours.stat().st_mode == (tmp_path / "ours" / "config.json").stat().st_mode
+        if name.endswith(".safetensors"):
+            assert ours.read_bytes() == theirs.read_bytes()
+        elif name.endswith("index.json"):
+            index = json.loads(theirs.read_text())
+            assert json.loads(ours.read_text())["weight_map"] == index["weight_map"]
+        else:
+            assert ours.read_text() == theirs.read_text()
+
+
+def test_another_dtype(tiny, tmp_path):
+    model = tiny()
+    _write(model, tmp_path / "model", torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_replaces_a_model_as_a_whole(tiny, tmp_path):
+    directory = tmp_path / "model"
+    _write(tiny(), directory, shard_size="60KB")
+    before = {path.name for path in directory.iterdir()}
+    assert "model.safetensors.index.json" in before
+
+    def fail(name):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        _write(tiny(), directory, read=fail)
+    assert {path.name for path in directory.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [directory]
+
+    _write(tiny(seed=1), directory)
+    assert "model.safetensors.index.json" not in {path.name for path in directory.iterdir()}
+    held = load_file(directory / "model.safetensors")
+    assert torch.equal(held["lm_head.weight"], tiny(seed=1).lm_head.weight)
+
+
+def test_what_is_no_model_is_not_replaced(tmp_path):
+    check_replaceable(tmp_path / "nothing")
+    check_replaceable(tmp_path)
+    (tmp_path / "thesis.tex").write_text("")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(ValueError, match="holds no model that could be replaced"):
+            check_replaceable(path)

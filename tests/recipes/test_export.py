@@ -1,0 +1,105 @@
+"""lit-sparse export on the directory of a run, and what it refuses in one line."""
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_sparse.cli import main
+from lit_sparse.models import law_of, sparsify
+
+
+@pytest.fixture
+def run(tmp_path, architecture, corpus, monkeypatch):
+    """The directory of a run of two steps, each with a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    keys = {
+        "model": {"architecture": {**architecture, "tie_word_embeddings": True}},
+        "sparse_attention": {"budget": {"alpha": 1.0, "floor": 32}, "block": 16, "tile": 16},
+        "curriculum": {"stages": [{"length": 128, "steps": 2}]},
+        "checkpoint": {"every_n_steps": 1},
+        "data": {"path": str(corpus), "row_tokens": 256, "validation_rows": 1},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lit_sparse.callbacks.HuggingFaceExport"}],
+        },
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(keys))
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    return tmp_path / "runs" / "small"
+
+
+def _export(*arguments, error=None, capsys=None):
+    status = main(["export", *map(str, arguments)])
+    if error is None:
+        assert status == 0
+        return
+    said = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert len(said) == 1
+    assert said[0].startswith("lit-sparse: error: ")
+    assert error in said[0]
+
+
+def test_a_run_becomes_what_it_left_itself(run, tmp_path, capsys):
+    _export(run, "--out", "model")
+    assert "model: LlamaForCausalLM after 2 steps" in capsys.readouterr().out
+    left = run / "huggingface"
+    names = {path.name for path in left.iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    for name in names:
+        assert (tmp_path / "model" / name).read_bytes() == (left / name).read_bytes(), name
+    assert AutoTokenizer.from_pretrained("model")("def é").input_ids == list("def é".encode())
+
+    # A checkpoint, in another dtype.
+    first = run / "checkpoints" / "step=1.ckpt"
+    _export(first, "--out", "first", "--dtype", "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained("first")
+    weights = torch.load(first, weights_only=True)["state_dict"]
+    assert torch.equal(model.lm_head.weight, weights["model.lm_head.weight"].bfloat16())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert law_of(sparsify(model)).budget.floor == 32
+
+    # The newest checkpoint that is whole, and without the data no tokenizer of another kind.
+    newest = run / "checkpoints" / "step=2.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["path"] = "moved"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    with pytest.warns(match=r"damaged: .*step=2\.ckpt"):
+        _export(run, "--out", "model", "--overwrite")
+    said = capsys.readouterr()
+    assert "after 1 steps" in said.out
+    assert "no tokenizer is written: data.path moved" in said.err
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_refused_in_one_line(run, tmp_path, capsys):
+    def refused(error, *arguments):
+        _export(*arguments, error=error, capsys=capsys)
+
+    capsys.readouterr()
+    checkpoint = run / "checkpoints" / "step=2.ckpt"
+    refused("there is nothing at nowhere", "nowhere", "--out", "model")
+    refused("--dtype must be one of float32, bfl", run, "--out", "model", "--dtype", "int8")
+    refused("checkpoints is there already; --overwrite", run, "--out", run / "checkpoints")
+    refused("holds no model that", run, "--out", run / "checkpoints", "--overwrite")
+    refused("neither a checkpoint nor the directory of a run", tmp_path, "--out", "model")
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}, "epoch": 1}, foreign)
+    refused("does not say which models it holds", foreign, "--out", "model")
+    state = torch.load(checkpoint, weights_only=True)
+    del state["state_dict"]["model.model.norm.weight"]
+    torch.save(state, foreign)
+    refused("foreign.ckpt lacks model.model.norm.weight", foreign, "--out", "model")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    refused("step=2.ckpt is damaged", checkpoint, "--out", "model")
+    foreign.write_text("no checkpoint")
+    refused("foreign.ckpt is damaged", foreign, "--out", "model")
+    (tmp_path / "step=9.ckpt").mkdir()
+    refused("step=9.ckpt", tmp_path / "step=9.ckpt", "--out", "model")
+    assert not (tmp_path / "model").exists()
