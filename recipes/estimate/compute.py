@@ -56,13 +56,17 @@ def work(
     """Of `rows` rows.
 
     A parameter of a matrix costs 2 FLOPs a token in the forward and 4 in the backward, and 2 more
-    wherever the forward runs again: with activation checkpointing (where PyTorch spares a layer's
-    last product), in a tiled MLP, and in the chunked loss. A pair of attention costs `FORWARD` and
-    `BACKWARD` FLOPs a head dimension; a scored row and block 2. Norms, activations, softmax and the
-    optimizer are not counted.
+    wherever the forward runs again: with activation checkpointing, in a tiled MLP, and in the
+    chunked or tiled loss. A pair of attention costs `FORWARD` and `BACKWARD` FLOPs a head
+    dimension; a scored row and block 2. Norms, activations, softmax and the optimizer are not
+    counted.
     """
     per_token = (6 + 2 * recipe.recompute) * model.matrices
-    per_token += 2 * model.mlp * (recipe.tiled_mlp is not None)
+    if recipe.tiled_mlp is not None:
+        per_token += 2 * model.mlp
+    elif recipe.recompute:
+        # PyTorch stops where the last saved tensor is there: before the MLP's third product.
+        per_token -= 2 * model.mlp // 3
     per_token += (6 if recipe.loss == "liger" else 8) * model.head
     forwards = 1 + recipe.recompute
     pairs = FORWARD * forwards + BACKWARD

@@ -173,6 +173,8 @@ def _remarks(found: Estimate) -> list[str]:
             f"{settings.rows_per_step} has to divide among GPUs / sp, and sp divides the row and "
             f"the {settings.model.kv_heads} key-value heads."
         )
+    if settings.liger_kernels:
+        said.append("model.liger_kernels is estimated as false: they keep fewer activations.")
     said += [f"The GPU kernels do not run this: {what}." for what in _refused(settings)]
     return said
 

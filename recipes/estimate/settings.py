@@ -45,7 +45,7 @@ class Settings:
         law: of the callback; stages may have budgets of their own.
         precision: of the trainer.
         activations: "keep", "recompute" or "offload".
-        tiled_mlp, loss, loss_chunk: see `Recipe`.
+        tiled_mlp, loss, loss_chunk, liger_kernels: of the model.
         own: how the config shards, where it says on how many GPUs.
         gpus: at hand; per_node: of them on a node.
         zero: keys of a DeepSpeed config of the user's.
@@ -63,6 +63,7 @@ class Settings:
     tiled_mlp: int | None
     loss: str
     loss_chunk: int
+    liger_kernels: bool
     own: Sharding | None
     gpus: int
     per_node: int
@@ -127,7 +128,11 @@ def read_settings(argv: list[str], gpus: int | None) -> Settings:
         row_tokens=data.row_tokens,
         rows_per_step=data.rows_per_step,
         precision=precision,
-        **_model_keys(config.model),
+        activations=config.model.activations,
+        tiled_mlp=config.model.tiled_mlp,
+        loss=config.model.loss,
+        loss_chunk=config.model.loss_chunk,
+        liger_kernels=config.model.liger_kernels,
         own=own,
         gpus=at_hand,
         per_node=node,
@@ -171,26 +176,6 @@ def _callbacks(config: Namespace) -> tuple[SparseAttention, Curriculum]:
     return made.sparse_attention, made.curriculum.curriculum
 
 
-def _model_keys(model: Namespace) -> dict[str, Any]:
-    """Keys of `model` that decide the bytes of a step; those that a version lacks are as if left
-    out.
-    """
-    recompute = bool(model.get("gradient_checkpointing"))
-    keys = {
-        "activations": model.get("activations") or ("recompute" if recompute else "keep"),
-        "tiled_mlp": model.get("tiled_mlp"),
-        "loss": model.get("loss") or "chunked",
-        "loss_chunk": model.get("loss_chunk") or 1024,
-    }
-    for key, known in (
-        ("activations", ("keep", "recompute", "offload")),
-        ("loss", ("chunked", "tiled", "liger")),
-    ):
-        if keys[key] not in known:
-            raise ValueError(f"model.{key} must be one of {', '.join(known)}, got {keys[key]!r}")
-    return keys
-
-
 def _gpus_of(trainer: Namespace) -> tuple[int | None, int]:
     """GPUs that the trainer names, None where it leaves that open, and those of a node."""
     devices, nodes = trainer.devices, trainer.num_nodes or 1
@@ -205,8 +190,8 @@ def _strategy(strategy: Any, named: int | None, at_hand: int) -> tuple[Sharding 
     """How the config shards, and the keys of its DeepSpeed config."""
     name, given = strategy, Namespace()
     if isinstance(strategy, Namespace):
-        name, given = strategy.class_path, strategy.get("init_args") or Namespace()
-    name = str(name).rpartition(".")[2]
+        name = strategy.class_path.rpartition(".")[2]
+        given = strategy.get("init_args") or Namespace()
     if name in ("DeepSpeedSparseStrategy", "deepspeed_sparse"):
         stage, sequence = given.get("stage", 2), given.get("sequence_parallel", 1)
         offloads = [given.get(key) for key in ("offload_optimizer", "offload_parameters")]

@@ -6,22 +6,22 @@ needs no formula. One or two layers are enough: what each further one keeps is t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from lit_sparse.attention.plan import Plan
 from lit_sparse.recipes.estimate.attention import Counted, count_attention
 from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
 from lit_sparse.recipes.estimate.model import Model
+from lit_sparse.training.activations import set_activations
 from lit_sparse.training.loss import chunked_cross_entropy
+from lit_sparse.training.tiled import tile_mlps, tiled_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Recipe:
             bf16-mixed, where DeepSpeed does not cast the model).
         recompute: whether a layer keeps its input alone (activation checkpointing).
         tiled_mlp: parts of the row that an MLP computes one after the other; None: all at once.
-        loss: "chunked", "tiled" (counted like chunked) or "liger".
+        loss: "chunked", "tiled" or "liger".
         loss_chunk: tokens whose logits exist at a time.
     """
 
@@ -111,13 +111,14 @@ def loss_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
 
 
 def _chunked_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
+    cross_entropy = tiled_cross_entropy if recipe.loss == "tiled" else chunked_cross_entropy
     with _without_memory():
         head = _freeing(nn.Linear(model.hidden, model.vocabulary, bias=False, dtype=recipe.dtype))
         hidden = torch.empty(tokens, model.hidden, dtype=recipe.dtype, requires_grad=True)
         labels = torch.zeros(tokens, dtype=torch.int64)
         with LiveBytes("logits") as live:
             with _autocast(recipe):
-                loss = chunked_cross_entropy(hidden, head, labels, recipe.loss_chunk)
+                loss = cross_entropy(hidden, head, labels, recipe.loss_chunk)
             loss.backward()
     return live.peak.total()
 
@@ -147,12 +148,9 @@ def _decoder(model: Model, recipe: Recipe, layers: int) -> Any:
 
     decoder: Any = AutoModel.from_config(model.shallow(layers), dtype=recipe.dtype).train()
     if recipe.tiled_mlp is not None:
-        for layer in decoder.layers:
-            layer.mlp.forward = partial(_tiled, layer.mlp.forward, recipe.tiled_mlp)
-    if recipe.recompute:
-        decoder._set_gradient_checkpointing(
-            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
-        )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to guess
+        tile_mlps(decoder, recipe.tiled_mlp)
+    set_activations(decoder, "recompute" if recipe.recompute else "keep")
     return _freeing(decoder)
 
 
@@ -165,12 +163,6 @@ def _forward(decoder: Any, recipe: Recipe, tokens: int) -> Tensor:
         return decoder(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
-
-
-def _tiled(mlp: Callable[[Tensor], Tensor], tiles: int, x: Tensor) -> Tensor:
-    """DeepSpeed's tiled MLP (arXiv 2506.13996): each part is computed again in the backward."""
-    parts = [checkpoint(mlp, part, use_reentrant=False) for part in x.chunk(tiles, dim=1)]
-    return torch.cat(parts, dim=1)
 
 
 def _autocast(recipe: Recipe) -> torch.autocast:

@@ -56,22 +56,17 @@ def _batch(tokens):
     return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens)[None]}
 
 
-@pytest.mark.parametrize("recompute", ["false", "true"])
-def test_flops_of_products_are_those_of_a_real_step(config, recompute):
-    given = settings(config, "--model.gradient_checkpointing", recompute)
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_flops_of_products_are_those_of_a_real_step(config, activations):
+    given = settings(config, "--model.activations", activations)
     work = stage_work(given, given.curriculum.stages[1])
-    module = SparseLM(
-        architecture=ARCHITECTURE, gradient_checkpointing=recompute == "true", loss_chunk=256
-    ).train()
+    module = SparseLM(architecture=ARCHITECTURE, activations=activations, loss_chunk=256)
     sparsify(module.model, given.law.budget, block=16, tile=16)
     with FlopCounterMode(display=False) as counter:
         module.token_loss(_batch(1024))[0].backward()
     counts = counter.get_flop_counts()["Global"]
     products = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
-    if recompute == "false":
-        assert work.products == 20 * 4 * products
-    else:  # but for the last product of each layer, which nothing needs again
-        assert work.products == 20 * 4 * (products + 2 * 1024 * given.model.mlp // 3)
+    assert work.products == 20 * 4 * products
 
 
 def test_flops_of_attention_are_those_of_the_operator(config):
@@ -154,15 +149,14 @@ def test_where_nothing_fits_it_says_what_would(config):
 # -- the command --
 
 
-STRATEGY = "lit_sparse.distributed.DeepSpeedSparseStrategy"
-QUICKSTART_ZERO = ["--config", "quickstart", "--trainer.strategy", STRATEGY]
+EIGHT_GPUS = ["--config", "quickstart_zero3", "--trainer.devices", "8"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--gpus", "h100"], "give --config"),
-        (["--config", "quikstart"], "did you mean quickstart?"),
+        (["--config", "quikstart"], "did you mean quickstart"),
         (["--config", "quickstart", "--model.no_such", "3"], "no_such"),
         (["--config", "quickstart", "--data.row_tokens", "many"], "data.row_tokens"),
         (["--config", "quickstart", "--gpus", "h100,tpu"], "--gpus: tpu is not one of h100, "),
@@ -173,9 +167,15 @@ QUICKSTART_ZERO = ["--config", "quickstart", "--trainer.strategy", STRATEGY]
         (["--config", "quickstart", "--sparse_attention.block", "24"], "block"),
         (["--config", "quickstart", "--data.row_tokens", "2048"], "exceeds data.row_tokens"),
         (["--config", "quickstart", "--trainer.strategy", "fsdp"], "trainer.strategy: fsdp"),
-        ([*QUICKSTART_ZERO, "--trainer.devices", "8"], "data.rows_per_step = 1 does not divide"),
-        ([*QUICKSTART_ZERO, "--trainer.strategy.sequence_parallel", "4"], "the 2 key-value heads"),
-        ([*QUICKSTART_ZERO, "--trainer.strategy.stage", "4"], "strategy.stage must be 0, 1, 2 or"),
+        (
+            EIGHT_GPUS,
+            "data.rows_per_step = 2 does not divide among the 4 data-parallel ranks",
+        ),
+        (
+            [*EIGHT_GPUS, "--trainer.strategy.sequence_parallel", "4"],
+            "strategy.sequence_parallel = 4 does not divide the 2 key-value heads",
+        ),
+        (["--config", "quickstart_zero3", "--trainer.strategy.stage", "4"], "must be 0, 1, 2 or 3"),
         (["--config", "quickstart", "--model.architecture.hidden_sise", "8"], "hidden_sise"),
         (["--config", "quickstart", "--model.architecture.num_attention_heads", "7"], "multiple"),
     ],

@@ -126,8 +126,8 @@ def test_bytes_of_real_training(config, corpus):
     stages = "[{length: 2048, steps: 3}]"
     longer = ["--curriculum.stages", stages, "--data.row_tokens", "2048", "--data.path", corpus]
     runs = [
-        _fit(config, *map(str, longer), "--run.name", mode, "--model.gradient_checkpointing", mode)
-        for mode in ("false", "true")
+        _fit(config, *map(str, longer), "--run.name", kind, "--model.activations", kind)
+        for kind in ("keep", "recompute")
     ]
     for run, measured in zip(runs, _measure(runs), strict=True):
         found = _own(config, run)
@@ -148,7 +148,7 @@ def test_ranks_of_a_sequence_share_its_activations(config):
 
 
 def test_offloaded_activations_wait_in_cpu_memory(config):
-    given = settings(config, "--model.gradient_checkpointing", "true")
+    given = settings(config, "--model.activations", "recompute")
     sharding = Sharding(1, 2)
     gpu, cpu = (
         Sizing(replace(given, activations=kind)).memory(sharding)
