@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lit_sparse.data import ByteTokenizer, PackedTextDataModule
 from lit_sparse.data.loading import TrainingSampler
+from lit_sparse.distributed import Ranks
 from lit_sparse.training.curriculum import Curriculum, Stage
 
 CURRICULUM = Curriculum([Stage(64, 3), Stage(256, 4)])
@@ -34,6 +35,9 @@ def on_rank(data: PackedTextDataModule, rank: int, world: int) -> PackedTextData
     """The part of a trainer that a data module reads, as rank `rank` of a run that starts."""
     data.trainer = SimpleNamespace(
         distributed_sampler_kwargs={"rank": rank, "num_replicas": world},
+        strategy=None,
+        global_rank=rank,
+        world_size=world,
         global_step=0,
         max_steps=-1,
         limit_train_batches=1.0,
@@ -251,6 +255,13 @@ def test_rows_that_ranks_cannot_share_are_refused(corpus_dir):
         use_distributed_sampler=True
     )
     with pytest.raises(ValueError, match=r"trainer\.use_distributed_sampler must be false"):
+        data.setup("fit")
+
+
+def test_a_row_that_the_ranks_that_share_it_cannot_divide_is_refused(corpus_dir):
+    data = on_rank(module(corpus_dir), 0, 1)
+    data.trainer.strategy = SimpleNamespace(ranks=Ranks(0, 1, 0, 3))
+    with pytest.raises(ValueError, match=r"data\.row_tokens = 256 cannot be divided among the 3"):
         data.setup("fit")
 
 

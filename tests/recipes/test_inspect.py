@@ -192,7 +192,7 @@ def test_a_tight_qk_norm_makes_the_law_infeasible_for_certain(tmp_path, capsys):
     [
         (["--model", "nowhere"], "there is no directory nowhere"),
         (["--model", "{}/empty"], "has no config.json"),
-        (["--model", "{}/unweighted"], "has no *.safetensors"),
+        (["--model", "{}/unweighted"], "has no model.safetensors"),
         (["--model", "{}/gpt2"], "model_type gpt2 is not supported"),
         (["--model", "{}/flat"], "the model has no attention layer"),
         (["--model", "{}/nan"], "layer 1 has logits that are not finite"),
