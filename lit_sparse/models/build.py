@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from lit_sparse.models.state import CONFIG_KEY
 
@@ -75,9 +76,9 @@ def pretrained_config(directory: str | Path) -> PreTrainedConfig:
         raise ValueError(f"model.pretrained: {path} has no config.json")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(
-            f"model.pretrained: {path / 'config.json'} cannot be read: {error}"
+            f"model.pretrained: {path / 'config.json'} cannot be read: {error.__cause__ or error}"
         ) from error
 
 
@@ -167,7 +168,20 @@ def _architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
     if unknown:
         listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
         raise ValueError(f"model.architecture: {config_class.__name__} has no {listed}")
-    return AutoConfig.for_model(kind, **keys)
+    try:
+        config = AutoConfig.for_model(kind, **keys)
+    except StrictDataclassError as error:  # transformers' checks of its own
+        raise ValueError(f"model.architecture: {error.__cause__ or error}") from error
+    text = config.get_text_config()
+    heads, shared = (
+        getattr(text, f"num_{name}_heads", None) for name in ("attention", "key_value")
+    )
+    if heads and shared and heads % shared:
+        raise ValueError(
+            f"model.architecture: num_key_value_heads = {shared} does not divide "
+            f"num_attention_heads = {heads}"
+        )
+    return config
 
 
 def _nearest(key: str, known: list[str]) -> str:

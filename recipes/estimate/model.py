@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from lit_sparse.models import build_model, check_support
+from lit_sparse.models import build_model, check_support, pretrained_config
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,13 @@ def read_model(pretrained: str | None, architecture: Mapping[str, Any] | None) -
         ValueError: the config of no model that sparse attention knows.
         NotImplementedError: a layer has what sparse attention has not.
     """
-    try:
-        with torch.device("meta"):
-            if pretrained is not None and architecture is None:
-                model: Any = _from_directory(Path(pretrained))
-            else:
-                model = build_model(pretrained, architecture)
-    except StrictDataclassError as error:  # transformers' checks of a config
-        raise ValueError(f"model: {error.__cause__ or error}") from error
+    with torch.device("meta"):
+        if pretrained is not None and architecture is None:
+            from transformers import AutoModelForCausalLM
+
+            model: Any = AutoModelForCausalLM.from_config(pretrained_config(pretrained))
+        else:
+            model = build_model(pretrained, architecture)
     check_support(model)
     layers = model.base_model.layers
     return Model(
@@ -99,15 +96,6 @@ def read_model(pretrained: str | None, architecture: Mapping[str, Any] | None) -
         mlp=sum(_size(layer.mlp) for layer in layers),
         largest=max(_size(module, recurse=False) for module in model.modules()),
     )
-
-
-def _from_directory(path: Path) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.pretrained: there is no {path / 'config.json'}")
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return AutoModelForCausalLM.from_config(config)
 
 
 def _size(module: nn.Module, recurse: bool = True) -> int:
