@@ -30,6 +30,19 @@ class SparseProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 5) -> None:
         super().__init__(refresh_rate=refresh_rate)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches that this epoch has, up to `max_steps`. Lightning takes the optimizer steps
+        that remain for them: with accumulation, or after a resume, the bar runs past its end.
+        """
+        trainer = self.trainer
+        if trainer.max_steps is None or trainer.max_steps < 0:
+            return trainer.num_training_batches
+        loop = trainer.fit_loop.epoch_loop
+        done = loop.batch_progress.current.completed if loop.restarting else 0
+        coming = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, done + coming)
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
