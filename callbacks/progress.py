@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 
@@ -29,6 +31,15 @@ class SparseProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 5) -> None:
         super().__init__(refresh_rate=refresh_rate)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch:  # whose start, which sets the bar up, is over
+            bar, total = self.train_progress_bar, self.total_train_batches
+            bar.total = None if math.isinf(total) else int(total)
+            bar.n = bar.initial = loop.epoch_loop.batch_progress.current.completed
+            bar.set_description(f"Epoch {trainer.current_epoch}")
 
     @property
     def total_train_batches(self) -> int | float:
