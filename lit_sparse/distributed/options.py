@@ -70,7 +70,9 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    made = _merge(ours, _without_auto(_read(given)), "") if given is not None else ours
+    made: dict[str, Any] = ours
+    if given is not None:
+        made = _merge(ours, _without_auto(_read(given)), "")
     _check_zero(made["zero_optimization"])
     return made
 
