@@ -22,6 +22,7 @@ from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttenti
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.checkpoint import check_sharding
 from lit_sparse.distributed.failure import lost_contact
+from lit_sparse.distributed.gradients import check_strategy
 from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
@@ -107,6 +108,7 @@ class SparseCLI(LightningCLI):
                 f"trainer.callbacks has {name} twice: change the options of the one that the "
                 "config has, in a copy of the config"
             ) from error
+        check_strategy(trainer)  # Lightning's own is refused on CPUs, later and without advice
         # Before the others, so that what they draw is a function of the step too.
         trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
         return trainer

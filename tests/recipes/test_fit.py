@@ -170,6 +170,7 @@ def test_shipped_configs_are_listed_and_parse(capsys):
 
 
 BAD = [
+    (["--trainer.strategy", "deepspeed_stage_3"], "Lightning's own, which divides the gradients"),
     (["--sparse_attention.budget.exponent", "1.5"], r"budget.exponent must be in [0, 1]"),
     (["--sparse_attention.budget.alpha", "0"], "budget.alpha must be a positive number"),
     (["--sparse_attention.block", "48"], "block must be a power of two"),
