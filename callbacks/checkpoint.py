@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -74,6 +74,14 @@ class RunCheckpoint(Checkpoint):
         self._saving = False
         self._logged: dict[str, Any] | None = None
         self._loaders: list[dict[str, Any]] = []
+        self._others: list[ModelCheckpoint] = []
+
+    @property
+    def best_model_path(self) -> str:
+        """That of the `ModelCheckpoint` beside it: Lightning asks the first of all, for
+        `ckpt_path="best"`. "" where there is none.
+        """
+        return next((other.best_model_path for other in self._others), "")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -81,6 +89,7 @@ class RunCheckpoint(Checkpoint):
         # First, where Lightning has put it last: what is saved has nothing of the next step.
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+        self._others = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
         self._stage_ends = {
             end for c in callbacks if isinstance(c, ContextCurriculum) for end in c.curriculum.ends
         }

@@ -78,12 +78,19 @@ class _Summing(io.BufferedWriter):
 
 
 def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> Sum:
-    """Write a file from start to end, all the way to the disk."""
-    with _Summing(io.FileIO(path, "wb")) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        return Sum(file.size, file.crc32)
+    """Write a file from start to end, all the way to the disk; an OSError names the file."""
+    try:
+        with _Summing(io.FileIO(path, "wb")) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            return Sum(file.size, file.crc32)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer puts an error of its own before that of the disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def sum_of(path: Path) -> Sum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -21,12 +22,14 @@ from lit_sparse.callbacks import ContextCurriculum, RunCheckpoint, SparseAttenti
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.checkpoint import check_sharding
 from lit_sparse.distributed.failure import lost_contact
+from lit_sparse.distributed.gradients import check_strategy
 from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
 
 SUBCOMMANDS = ("fit", "validate", "test")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SparseCLI(LightningCLI):
@@ -105,6 +108,7 @@ class SparseCLI(LightningCLI):
                 f"trainer.callbacks has {name} twice: change the options of the one that the "
                 "config has, in a copy of the config"
             ) from error
+        check_strategy(trainer)  # Lightning's own is refused on CPUs, later and without advice
         # Before the others, so that what they draw is a function of the step too.
         trainer.callbacks.insert(0, StepSeed())  # type: ignore[attr-defined]
         return trainer
@@ -112,6 +116,7 @@ class SparseCLI(LightningCLI):
     def before_fit(self) -> None:
         # After all keys were checked, before anything is written.
         checkpoint = self.config[self.subcommand].get("ckpt_path")
+        self.run.check_place(resume=bool(checkpoint))
         if self.trainer.is_global_zero:
             self.run.prepare(resume=bool(checkpoint))
         self.datamodule.setup()
@@ -196,8 +201,8 @@ def _stages(callback: ContextCurriculum) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    """Run a sub-command. What is wrong before training starts, and numbers that are not finite in
-    it, are one line, not a traceback; exit status 2 and 1.
+    """Run a sub-command. What is wrong before training starts (exit status 2), numbers that are not
+    finite, a full disk and the loss of another rank (1) are one line, not a traceback.
     """
     # Rows are assembled in a fraction of a millisecond; workers would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -207,20 +212,31 @@ def main(argv: list[str]) -> int:
     # Other libraries' calls, which their users cannot change.
     for old in (".*is deprecated. Please use.*", ".*is deprecated, use torch.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message=old, module="torch|lightning|pytorch_lightning")
+    first = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
     try:
         SparseCLI(resolve_configs(argv))
     except (ValueError, NotImplementedError, MisconfigurationException) as error:
         # In training it matters where: no mistake in a config is left by then.
         if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        # Where one rank of a node has an error in the config, all have.
-        if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
+        if first:  # where one rank of a node has an error in the config, all have
             print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # what was computed is wrong, not the program
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        print(f"lit-sparse: error: {error}", file=sys.stderr)
+        if first:  # all have agreed on it
+            print(f"lit-sparse: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        print(
+            f"lit-sparse: error: {error.filename or 'a file'} cannot be written "
+            f"({error.strerror}): make room, and go on from the last checkpoint with --ckpt_path "
+            "last",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as error:
         lost = lost_contact(error)

@@ -60,33 +60,44 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def prepare(self, resume: bool) -> None:
-        """Make the directory ready to be written.
+    @property
+    def _holds_run(self) -> bool:
+        return self.path.is_dir() and any(any(self.path.glob(mark)) for mark in _MARKS)
 
-        Raises:
-            ValueError: it holds another run, cannot be written, or another process trains in it;
-                nothing was changed then.
+    def check_place(self, resume: bool) -> None:
+        """ValueError where the directory holds another run, is none, or cannot be written.
+
+        For every rank: nothing of a run is written before all ranks have met, and one that fails
+        alone would leave the others waiting for it.
         """
         path = self.path
-        holds_run = path.is_dir() and any(any(path.glob(mark)) for mark in _MARKS)
         if path.exists() and not path.is_dir():
             raise ValueError(
                 f"run.name: {path} is a file, not a directory; choose another --run.name"
             )
-        if holds_run and not resume and not self.overwrite:
+        if self._holds_run and not resume and not self.overwrite:
             raise ValueError(
                 f"run.name: {path} already holds a run; continue it with --ckpt_path last, "
                 "choose another --run.name, or delete it with --run.overwrite true"
             )
-        fresh = not path.exists()
+        there = next(place for place in (path, *path.parents) if place.exists())
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=path):
+            with TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise ValueError(
                 f"run.root: {path} cannot be written ({error.strerror}); choose another --run.root"
             ) from error
+
+    def prepare(self, resume: bool) -> None:
+        """Make the directory ready to be written, after `check_place`.
+
+        Raises:
+            ValueError: another process trains in it; nothing was changed then.
+        """
+        path, holds_run = self.path, self._holds_run
+        fresh = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
         self._take()
         if holds_run and not resume:
             self._release()

@@ -18,6 +18,17 @@ def engine_of(trainer: Trainer) -> Any:
     return engine if hasattr(engine, "get_global_grad_norm") else None
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """ValueError under a strategy whose gradients would not be those of one process."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) and not hasattr(type(strategy), "gradient_divisor"):
+        raise ValueError(
+            f"trainer.strategy: {type(strategy).__name__} is Lightning's own, which divides the "
+            "gradients of accumulated rows twice: set deepspeed_sparse, or class_path "
+            "lit_sparse.distributed.DeepSpeedSparseStrategy with its stage"
+        )
+
+
 def gradients_are_whole(trainer: Trainer) -> bool:
     """Whether each rank has the whole gradients of all parameters, in `parameter.grad`."""
     if (engine := engine_of(trainer)) is not None:

@@ -70,7 +70,11 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return _merge(ours, _without_auto(_read(given)), "") if given is not None else ours
+    made: dict[str, Any] = ours
+    if given is not None:
+        made = _merge(ours, _without_auto(_read(given)), "")
+    _check_zero(made["zero_optimization"])
+    return made
 
 
 DECIDED = {
@@ -86,6 +90,15 @@ DECIDED = {
     "checkpoint": "all checkpoints have one layout",
 }
 """Keys of a given config that would decide what something else decides already -> what does."""
+
+LOSS_SCALE = {
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+"""What float16 has in any case; configs that were made for transformers spell it out."""
 
 
 def _read(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -103,11 +116,16 @@ def _read(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if value != "auto"
-    }
+    """A config without what is left to us: values of "auto", and sections of such values."""
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            value = _without_auto(value)
+            if not value or (key == "fp16" and value.items() <= LOSS_SCALE.items()):
+                continue
+        if value != "auto":
+            kept[key] = value
+    return kept
 
 
 def _merge(ours: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -130,6 +148,21 @@ def _merge(ours: dict[str, Any], given: dict[str, Any], where: str) -> dict[str,
         if place in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
             _check_offload(place, ours.get(key), value)
     return merged
+
+
+def _check_zero(section: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        raise ValueError(
+            f"strategy.config has {place} = {first['input']!r}, which DeepSpeed does not take: "
+            f"{first['msg']}"
+        ) from error
 
 
 def _check_offload(place: str, ours: Any, given: Any) -> None:

@@ -152,12 +152,17 @@ class DeepSpeedSparseStrategy(SavingStrategy):
         self._precision_plugin = plugin
 
     def setup(self, trainer: Trainer) -> None:
-        module = self.lightning_module
+        module, precision = self.lightning_module, self.precision_plugin.precision
         assert module is not None
+        if self.root_device.type == "cpu" and str(precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision: {precision} is for GPUs; set bf16-mixed, bf16-true or 32-true "
+                "for DeepSpeed on CPUs"
+            )
         if self.sequence_parallel > 1:
             assert isinstance(self.config, dict)
             kept = self.config.get("data_types", {}).get("grad_accum_dtype")
-            if self.stage == 1 and kept == "fp32" and "bf16" in self.precision_plugin.precision:
+            if self.stage == 1 and kept == "fp32" and "bf16" in precision:
                 # Its optimizer for this case takes sequence parallelism for tensor parallelism.
                 raise ValueError(
                     "strategy.config has data_types.grad_accum_dtype = 'fp32', which DeepSpeed "
@@ -173,6 +178,14 @@ class DeepSpeedSparseStrategy(SavingStrategy):
                     "True on the class"
                 )
         super().setup(trainer)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        # Lightning enters DeepSpeed's zero.Init here: transformers models made in configure_model
+        # would keep torch's own initial values, as theirs do not reach shards, and pretrained
+        # weights would not fit. The engine shards what is built whole.
+        self._init_config_if_needed()  # with the precision, which load_pretrained reads
+        yield
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None

@@ -14,14 +14,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.checkpoint import description
 from lit_sparse.distributed.gathering import whole_shape
-from lit_sparse.distributed.gradients import discard_step, gradients_are_whole, norm_of_last_step
+from lit_sparse.distributed.gradients import (
+    check_strategy,
+    discard_step,
+    gradients_are_whole,
+    norm_of_last_step,
+)
 from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
 from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
-from lit_sparse.training.tiled import check_strategy, tile_mlps
+from lit_sparse.training.tiled import check_tiling, tile_mlps
 
 _CALL = ("input_ids", "position_ids", "cu_seq_lens_q")
 """What of a batch the decoder is called with."""
@@ -116,10 +121,11 @@ class SparseLM(LightningModule):
         self.model = model
 
     def on_fit_start(self) -> None:
+        check_strategy(self.trainer)
         if self.hparams["tiled_mlp"] is not None:
-            check_strategy(self.trainer, "model.tiled_mlp")
+            check_tiling(self.trainer, "model.tiled_mlp")
         if self.hparams["loss"] == "tiled":
-            check_strategy(self.trainer, "model.loss: tiled")
+            check_tiling(self.trainer, "model.loss: tiled")
         tokens = getattr(self._datamodule, "vocab_size", None)
         embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
         if tokens is not None and tokens > embeddings:

@@ -84,7 +84,7 @@ def tiled_cross_entropy(
     )
 
 
-def check_strategy(trainer: Trainer, key: str) -> None:
+def check_tiling(trainer: Trainer, key: str) -> None:
     """Refuse to train tiled computations under a wrapper that counts gradients by itself.
 
     Args:

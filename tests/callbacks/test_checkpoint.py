@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lit_sparse.callbacks import RunCheckpoint, StepSeed
@@ -33,6 +34,9 @@ class Dropped(LightningModule):
         if batch_idx == 1:
             self.log("seldom", noise)
         return self.layer(self.dropout(batch)).sum() + noise * self.layer.bias.sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.1)
@@ -123,6 +127,16 @@ def test_the_newest_are_kept_and_lie_between_steps(tmp_path):
         batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         assert set(batches.values()) == {2 * step}
         assert saved["optimizer_states"][0]["state"][0]["step"] == step
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_best_is_that_of_a_model_checkpoint_beside_it(tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="noise")
+    model, _ = _train(tmp_path, best, max_epochs=1)
+    assert model.trainer.checkpoint_callback.best_model_path == best.best_model_path != ""
+    model, _ = _train(tmp_path, max_epochs=1)
+    with pytest.raises(ValueError, match="not configured to save the best model"):
+        model.trainer.validate(model, torch.ones(1), ckpt_path="best")
 
 
 def test_seeds_differ_by_step_micro_batch_and_rank():

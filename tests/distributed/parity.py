@@ -178,6 +178,18 @@ def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
     return [logged["train/loss"] for logged in keep.logged]
 
 
+class Late(SparseLM):
+    """A module that builds its model in `configure_model`, as Lightning advises."""
+
+    def __init__(self) -> None:
+        super().__init__(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+        self.model = None
+
+    def configure_model(self) -> None:
+        torch.manual_seed(0)
+        super().configure_model()
+
+
 class Unaware(SparseLM):
     """A module that would pass whole rows to the model."""
 
@@ -188,14 +200,15 @@ def refusals() -> dict[str, str]:
     """What two ranks that would share rows are told."""
     one_head = SparseLM(architecture={**ARCHITECTURE, "num_key_value_heads": 1})
     told = {}
-    for name, module, callbacks in (
-        ("one head", one_head, [plugin()]),
-        ("not sparse", None, []),
-        ("unaware", Unaware(architecture=ARCHITECTURE), [plugin()]),
+    for name, module, callbacks, options in (
+        ("one head", one_head, [plugin()], {}),
+        ("not sparse", None, [], {}),
+        ("unaware", Unaware(architecture=ARCHITECTURE), [plugin()], {}),
+        ("float16", None, [plugin()], {"precision": "16-mixed"}),
     ):
         strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
         try:
-            train(strategy, 2, 1, Rows(1), callbacks, module)
+            train(strategy, 2, 1, Rows(1), callbacks, module, **options)
         except ValueError as error:
             told[name] = str(error)
     return told
@@ -203,7 +216,7 @@ def refusals() -> dict[str, str]:
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), ("memory", stage, tied), "curve", "refusals".
+    ("offload", stage), ("memory", stage, tied), "curve", "refusals", "late".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -228,6 +241,8 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
             )
     if (data_size, sequence_size) == (1, 2):
         found["refusals"] = refusals()
+        strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
+        found["late"] = gradients(strategy, data_size, 1, world, Late())
     if (data_size, sequence_size) == (2, 2):
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)

@@ -30,7 +30,6 @@ def test_a_config_of_ones_own_counts_besides(tmp_path):
         "bf16": {"enabled": "auto"},
         "steps_per_print": 7,
     }
-    del given["bf16"]
     (tmp_path / "ds.json").write_text(json.dumps(given))
     for source in (given, str(tmp_path / "ds.json")):
         made = _config(1, given=source)
@@ -40,7 +39,15 @@ def test_a_config_of_ones_own_counts_besides(tmp_path):
             "reduce_bucket_size": 1000,
             "overlap_comm": False,
         }
-        assert "gradient_clipping" not in made
+        assert not {"gradient_clipping", "bf16"} & made.keys()
+
+
+def test_a_config_for_transformers_leaves_precision_to_the_trainer():
+    scale = {"loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+    auto = {"fp16": {"enabled": "auto", **scale}, "bf16": {"enabled": "auto"}}
+    assert _config(given=auto) == _config()
+    with pytest.raises(ValueError, match="strategy.config has fp16: take it out"):
+        _config(given={"fp16": {"enabled": "auto", **scale, "hysteresis": 5}})
 
 
 def test_details_of_an_offload_are_taken_over():
@@ -59,6 +66,10 @@ def test_what_the_trainer_decides_is_refused(key):
     ("given", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "stage = 3, but strategy.stage says 2"),
+        (
+            {"zero_optimization": {"redce_bucket_size": 7}},
+            r"zero_optimization.redce_bucket_size = 7, which DeepSpeed does not take: \w",
+        ),
         ({"train_micro_batch_size_per_gpu": 4}, r"= 4, but the data \(a micro-batch is one row\)"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},

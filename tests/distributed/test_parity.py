@@ -68,6 +68,10 @@ def test_gradients_are_those_of_one_process(one, many, size, stage, accumulate):
     _same_gradients(many(size)[stage, accumulate], one[data_size * accumulate])
 
 
+def test_a_model_that_configure_model_makes_starts_from_its_own_weights(one, many):
+    _same_gradients(many("1x2")["late"], one[1])
+
+
 def test_plain_ddp_is_right_too(one, many):
     _same_gradients(many("2x1")["ddp"], one[8])
 
@@ -100,9 +104,10 @@ def test_four_ranks_that_share_a_row(one, many, stage):
         ("one head", "= 2 does not divide the 1 key-value heads of LlamaForCausalLM; on 2 ranks"),
         ("not sparse", "LlamaForCausalLM does not run our attention: add SparseAttention"),
         ("unaware", "Unaware does not say that it shards sequences: pass shard_sequence"),
+        ("float16", "trainer.precision: 16-mixed is for GPUs; set bf16-mixed"),
     ],
 )
-def test_what_cannot_share_rows_is_refused(many, what, message):
+def test_what_ranks_cannot_do_is_refused(many, what, message):
     assert message in many("1x2")["refusals"][what]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def _weights(checkpoint):
     return torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
 
 
-def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys):
+def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys, monkeypatch):
     assert main(["fit", "--config", config]) == 0
     run = tmp_path / "runs" / "small"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
@@ -83,8 +84,14 @@ def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(run / "huggingface")
     assert tokenizer("def é").input_ids == list("def é".encode())
 
-    # The directory holds a run now: nothing may be overwritten.
+    # The directory holds a run now: nothing may be overwritten. A second rank says no by itself: it
+    # would wait for the first in vain.
     before = (run / "config.yaml").read_text()
+    with monkeypatch.context() as second:
+        for name, value in {"LOCAL_RANK": 1, "RANK": 1, "WORLD_SIZE": 2, "NODE_RANK": 0}.items():
+            second.setenv(name, str(value))
+        assert main(["fit", "--config", config, "--trainer.devices", "2"]) == 2
+    assert "lit-sparse: error" not in capsys.readouterr().err, "the first rank says it"
     assert main(["fit", "--config", config]) == 2
     error = capsys.readouterr().err
     assert "run.name: runs/small already holds a run" in error
@@ -93,6 +100,19 @@ def test_a_run_leaves_everything_in_its_directory(config, tmp_path, capsys):
     assert main(["fit", "--config", config, "--run.overwrite", "true"]) == 0
     assert main(["validate", "--config", config, "--ckpt_path", "last"]) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_in_a_line(config, capsys):
+    # More than the packed corpus has, less than a checkpoint.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        assert main(["fit", "--config", config, "--checkpoint.every_n_steps", "1"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("lit-sparse: error")]
+    assert "runs/small/checkpoints/.step=1.ckpt." in line
+    assert "cannot be written (File too large): make room, and go on from the last" in line
 
 
 def test_a_run_that_fails_between_its_steps_keeps_what_it_has(config, tmp_path):
@@ -150,6 +170,7 @@ def test_shipped_configs_are_listed_and_parse(capsys):
 
 
 BAD = [
+    (["--trainer.strategy", "deepspeed_stage_3"], "Lightning's own, which divides the gradients"),
     (["--sparse_attention.budget.exponent", "1.5"], r"budget.exponent must be in [0, 1]"),
     (["--sparse_attention.budget.alpha", "0"], "budget.alpha must be a positive number"),
     (["--sparse_attention.block", "48"], "block must be a power of two"),
