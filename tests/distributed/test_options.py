@@ -59,6 +59,9 @@ def test_what_the_trainer_decides_is_refused(key):
     ("given", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "stage = 3, but strategy.stage says 2"),
+        ({"zero_optimization": True}, "zero_optimization = True, but strategy.stage says"),
+        ({"torch_autocast": {"enabled": True}}, "has torch_autocast: take it out .*precision"),
+        ({"managed_gradient_accumulation": False}, "has managed_gradient_accumulation: take it"),
         ({"train_micro_batch_size_per_gpu": 4}, r"= 4, but the data \(a micro-batch is one row\)"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
