@@ -18,6 +18,21 @@ def engine_of(trainer: Trainer) -> Any:
     return engine if hasattr(engine, "get_global_grad_norm") else None
 
 
+def check_counting(trainer: Trainer) -> None:
+    """Refuse a strategy whose division of gradients `gradient_divisor` does not know.
+
+    Raises:
+        ValueError: Lightning's own for DeepSpeed.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) and not hasattr(strategy, "gradient_divisor"):
+        raise ValueError(
+            f"trainer.strategy: Lightning's {type(strategy).__name__} divides gradients by the "
+            "accumulation twice: set deepspeed_sparse, or "
+            "lit_sparse.distributed.DeepSpeedSparseStrategy"
+        )
+
+
 def gradients_are_whole(trainer: Trainer) -> bool:
     """Whether each rank has the whole gradients of all parameters, in `parameter.grad`."""
     if (engine := engine_of(trainer)) is not None:

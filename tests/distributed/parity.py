@@ -22,6 +22,7 @@ from lit_sparse import Budget
 from lit_sparse.callbacks import SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.gradients import gradients_are_whole
+from lit_sparse.models import whole_sequences
 from lit_sparse.training import SparseLM
 
 ROW_TOKENS = 256
@@ -94,10 +95,13 @@ class Rows(LightningDataModule):
 
 
 class Keep(Callback):
-    """Keeps the whole gradients of the first step, before clipping, and each step's numbers."""
+    """Keeps the whole gradients of the first step, before clipping, what each micro-batch returned,
+    and each step's numbers.
+    """
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
+        self.losses: list[float] = []
         self.logged: list[dict[str, float]] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -110,6 +114,9 @@ class Keep(Callback):
                 self.gradients[name] = found.detach().float().clone()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not pl_module.automatic_optimization:
+            return
+        self.losses.append(float(outputs["loss"]))
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             shown = trainer.callback_metrics
             names = ("train/loss", "train/grad_norm")
@@ -167,7 +174,7 @@ def gradients(
     data = Rows(data_size * accumulate, steps=3)
     callbacks = [plugin(), keep]
     train(strategy, devices, accumulate, data, callbacks, module, gradient_clip_val=0.05)
-    return {"gradients": keep.gradients, "logged": keep.logged}
+    return {"gradients": keep.gradients, "logged": keep.logged, "losses": keep.losses}
 
 
 def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
@@ -176,6 +183,35 @@ def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
     data = Rows(4, steps=30, seed=1)
     train(strategy, devices, 4 // data_size, data, [plugin(), keep])
     return [logged["train/loss"] for logged in keep.logged]
+
+
+class Manual(SparseLM):
+    """Takes its optimizer steps itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def manual() -> dict[str, Any]:
+    """One step of two rows."""
+    keep = Keep()
+    torch.manual_seed(0)
+    module = Manual(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    train(DeepSpeedSparseStrategy(stage=2), 2, 1, Rows(2), [plugin(), keep], module)
+    return {"gradients": keep.gradients, "logged": []}
+
+
+def generated() -> dict[str, list[int]]:
+    """What a model that was trained in parts of rows generates behind a whole one."""
+    strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
+    model = train(strategy, 2, 1, Rows(1), [plugin()]).model.eval()
+    ids, options = rows(1)[0]["input_ids"], {"max_new_tokens": 3, "do_sample": False}
+    after = model.generate(ids, **options)
+    with whole_sequences(model):
+        return {"after": after.tolist(), "whole": model.generate(ids, **options).tolist()}
 
 
 class Unaware(SparseLM):
@@ -203,7 +239,7 @@ def refusals() -> dict[str, str]:
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), ("memory", stage, tied), "curve", "refusals".
+    "manual", ("offload", stage), ("memory", stage, tied), "curve", "refusals", "generated".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -212,6 +248,8 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
         found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
     if sequence_size == 1:
         found["ddp"] = gradients("ddp", data_size, 4, world)
+        if data_size == 2:
+            found["manual"] = manual()
         for stage in (1, 2, 3):
             strategy = DeepSpeedSparseStrategy(
                 stage=stage,
@@ -228,6 +266,7 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
             )
     if (data_size, sequence_size) == (1, 2):
         found["refusals"] = refusals()
+        found["generated"] = generated()
     if (data_size, sequence_size) == (2, 2):
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)
