@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.checkpoint import description
-from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import (
     check_counting,
     discard_step,
@@ -21,6 +20,7 @@ from lit_sparse.distributed.gradients import (
     norm_of_last_step,
 )
 from lit_sparse.distributed.loading import load_pretrained
+from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum

@@ -20,7 +20,7 @@ from pytorch_lightning import Callback, Trainer
 
 from lit_sparse.callbacks import HuggingFaceExport, RunCheckpoint
 from lit_sparse.distributed import DeepSpeedSparseStrategy
-from lit_sparse.distributed.gathering import whole_tensor
+from lit_sparse.distributed.weights import whole_tensor
 from lit_sparse.models import build_model, law_of, set_budget, set_rope
 from lit_sparse.models.export import stored_tensors
 from lit_sparse.training import SparseLM
