@@ -7,9 +7,7 @@ them, see `measure`. Rank 0 writes OUT, a torch file.
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,9 @@ from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.gradients import gradients_are_whole
 from lit_sparse.models import whole_sequences
 from lit_sparse.training import SparseLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 ROW_TOKENS = 256
 ARCHITECTURE = {
@@ -271,30 +272,6 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)
     return found
-
-
-def fork(world: int, run: Any) -> None:
-    """Run a function on `world` forked ranks; exits where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world}
-            os.environ |= {key: str(value) for key, value in ranks.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                run()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    ends = [os.waitpid(child, 0)[1] for child in children]
-    if any(ends):
-        sys.exit("a rank failed")
 
 
 def main(size: str, out: Path) -> None:
