@@ -90,6 +90,9 @@ DECIDED = {
     "tensor_parallel": "ranks share rows, not matrices: set strategy.sequence_parallel",
     "activation_checkpointing": "set model.activations",
     "checkpoint": "all checkpoints have one layout",
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed then finds the gradients of other parameters than it is asked for"
+    ),
 }
 """Keys of a given config that would decide what something else decides already -> what does."""
 
