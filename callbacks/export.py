@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
-from lit_sparse.distributed.gathering import whole_shape, whole_tensor
+from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models import named_models
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 

@@ -20,7 +20,7 @@ import yaml
 from lit_sparse.data.corpora import choose_tokenizer, paths_of
 from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed.checkpoint import RUN
-from lit_sparse.distributed.gathering import StoredTensor, checkpoint_weights
+from lit_sparse.distributed.stored_weights import StoredTensor, checkpoint_weights
 from lit_sparse.models import pretrained_generation
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 from lit_sparse.recipes.run_directory import CONFIG

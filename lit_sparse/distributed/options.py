@@ -77,17 +77,26 @@ def deepspeed_config(
     return made
 
 
+DEFAULTS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+"""Keys of ours that a given config may change."""
+
 DECIDED = {
     "gradient_accumulation_steps": "it follows from data.rows_per_step and the ranks",
     "train_batch_size": "it follows from data.rows_per_step",
+    "managed_gradient_accumulation": "the trainer says where an optimizer step ends",
     "gradient_clipping": "set trainer.gradient_clip_val",
     "fp16": "set trainer.precision",
     "bf16": "set trainer.precision",
+    "torch_autocast": "set trainer.precision",
     "optimizer": "the module's configure_optimizers makes it (model.learning_rate, ...)",
     "scheduler": "the module's configure_optimizers makes it (model.warmup_steps, ...)",
     "sequence_parallel_size": "set strategy.sequence_parallel",
+    "tensor_parallel": "ranks share rows, not matrices: set strategy.sequence_parallel",
     "activation_checkpointing": "set model.activations",
     "checkpoint": "all checkpoints have one layout",
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed then finds the gradients of other parameters than it is asked for"
+    ),
 }
 """Keys of a given config that would decide what something else decides already -> what does."""
 
@@ -138,7 +147,7 @@ def _merge(ours: dict[str, Any], given: dict[str, Any], where: str) -> dict[str,
             )
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merge(ours[key], value, f"{place}.")
-        elif key in ours and ours[key] != value and not key.startswith("zero_"):
+        elif key in ours and ours[key] != value and place not in DEFAULTS:
             raise ValueError(
                 f"strategy.config has {place} = {value!r}, but {_argument(place)} says "
                 f"{ours[key]!r}: take one of them out"
@@ -178,6 +187,7 @@ def _check_offload(place: str, ours: Any, given: Any) -> None:
 def _argument(place: str) -> str:
     """The key that says the same as a place in a DeepSpeed config."""
     return {
+        "zero_optimization": "strategy.stage",
         "zero_optimization.stage": "strategy.stage",
         "zero_optimization.offload_optimizer": "strategy.offload_optimizer",
         "zero_optimization.offload_param": "strategy.offload_parameters",

@@ -29,7 +29,7 @@ class SparsePrecision(DeepSpeedPrecision):
     ) -> Any:
         strategy: Any = model.trainer.strategy
         engine = strategy.deepspeed_engine
-        if closure() is None:
+        if closure() is None and model.automatic_optimization:
             raise ValueError(
                 f"{type(model).__name__}.training_step returned None: under DeepSpeed every rank "
                 "has to run each backward; return a loss of 0 instead"

@@ -231,6 +231,11 @@ class DeepSpeedSparseStrategy(SavingStrategy):
         if self.lightning_module is not None:
             ulysses.attach(self.lightning_module, self._ranks)
 
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            ulysses.detach(self.lightning_module, self._ranks)
+        super().teardown()
+
     # -- a step that is not to be --
 
     def discard_step(self) -> None:

@@ -81,6 +81,13 @@ def attach(module: nn.Module, ranks: Ranks) -> None:
         set_exchange(model, _exchange(model.config.get_text_config(), ranks))
 
 
+def detach(module: nn.Module, ranks: Ranks) -> None:
+    """Take the exchange away: a rank that calls the model now, alone, would wait for the others."""
+    if ranks.sequence_size > 1:
+        for model in filter(is_sparse, find_models(module)):
+            set_exchange(model, None)
+
+
 def _exchange(config: Any, ranks: Ranks) -> Any:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 

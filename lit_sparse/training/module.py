@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.distributed import gradient_divisor, ranks_of, shard_sequence
 from lit_sparse.distributed.checkpoint import description
-from lit_sparse.distributed.gathering import whole_shape
 from lit_sparse.distributed.gradients import (
     check_strategy,
     discard_step,
@@ -21,6 +20,7 @@ from lit_sparse.distributed.gradients import (
     norm_of_last_step,
 )
 from lit_sparse.distributed.loading import load_pretrained
+from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
@@ -156,7 +156,7 @@ class SparseLM(LightningModule):
         total, _ = self.token_loss(batch)
         step_tokens = batch["step_tokens"]
         self._step_has_tokens = bool(step_tokens > 0)
-        self._log_loss(total.detach(), batch_idx, step_tokens)
+        self._log_loss(total.detach().clone(), batch_idx, step_tokens)  # it is reduced in place
         # The mean over the tokens of the whole optimizer step, whichever rank and micro-batch they
         # are in.
         return total * gradient_divisor(self.trainer) / step_tokens.clamp(min=1)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_sparse import Budget, sparsify
 from lit_sparse.callbacks import BudgetController, FiniteGuard
 from lit_sparse.models import alpha_factor
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 RANKS = {"strategy": "ddp", "devices": 2}
 
@@ -133,26 +134,12 @@ def main(out: Path) -> None:
     for case, run in CASES.items():
         folder = out / case
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(2):
-            child = os.fork()
-            if child == 0:
-                ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2}
-                os.environ |= {key: str(value) for key, value in ranks.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                try:
-                    (folder / f"{rank}.json").write_text(json.dumps(run(rank)))
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        ends = [os.waitpid(child, 0)[1] for child in children]
-        if any(ends):
-            sys.exit(f"a rank of {case} failed")
+
+        def on_rank(folder: Path = folder, run: Callable[[int], dict[str, Any]] = run) -> None:
+            rank = int(os.environ["RANK"])
+            (folder / f"{rank}.json").write_text(json.dumps(run(rank)))
+
+        fork(2, on_rank)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -20,6 +18,9 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.training.curriculum import Curriculum, Stage
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 
 class Recorder(LightningModule):
@@ -76,25 +77,11 @@ def main(corpus: str, out: Path, cases: list[str]) -> None:
         world, workers = map(int, case.split("x"))
         folder = out / case
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world}
-                os.environ |= {key: str(value) for key, value in ranks.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                try:
-                    train(corpus, folder, rank, world, workers)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            sys.exit(f"a rank of {case} failed")
+
+        def run(folder: Path = folder, world: int = world, workers: int = workers) -> None:
+            train(corpus, folder, int(os.environ["RANK"]), world, workers)
+
+        fork(world, run)
 
 
 if __name__ == "__main__":

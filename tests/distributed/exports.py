@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import ARCHITECTURE, BUDGET, Keep, Rows, fork, plugin
+from parity import ARCHITECTURE, BUDGET, Keep, Rows, plugin
 from pytorch_lightning import Callback, Trainer
 
 from lit_sparse.callbacks import HuggingFaceExport, RunCheckpoint
 from lit_sparse.distributed import DeepSpeedSparseStrategy
-from lit_sparse.distributed.gathering import whole_tensor
+from lit_sparse.distributed.weights import whole_tensor
 from lit_sparse.models import build_model, law_of, set_budget, set_rope
 from lit_sparse.models.export import stored_tensors
 from lit_sparse.training import SparseLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 CASES: dict[str, dict[str, Any]] = {
     # stage None: one process without DeepSpeed, with the same rows

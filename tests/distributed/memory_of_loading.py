@@ -15,12 +15,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from parity import fork
 from pytorch_lightning import Trainer
 
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.models import build_model
 from lit_sparse.training import SparseLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 ARCHITECTURE = {
     "model_type": "llama",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import ARCHITECTURE, fork
+from parity import ARCHITECTURE
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from runs import (
@@ -46,6 +46,9 @@ from lit_sparse.callbacks import (
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed import ranks_of, shard_sequence
 from lit_sparse.training import SparseLM, Stage
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 HEADS = (1, 2)
 """Of the 8, watched by the CollapseMonitor: of ranks that share a row only the first has them."""

@@ -7,9 +7,7 @@ them, see `measure`. Rank 0 writes OUT, a torch file.
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,11 @@ from lit_sparse import Budget
 from lit_sparse.callbacks import SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.gradients import gradients_are_whole
+from lit_sparse.models import whole_sequences
 from lit_sparse.training import SparseLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 ROW_TOKENS = 256
 ARCHITECTURE = {
@@ -94,10 +96,13 @@ class Rows(LightningDataModule):
 
 
 class Keep(Callback):
-    """Keeps the whole gradients of the first step, before clipping, and each step's numbers."""
+    """Keeps the whole gradients of the first step, before clipping, what each micro-batch returned,
+    and each step's numbers.
+    """
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
+        self.losses: list[float] = []
         self.logged: list[dict[str, float]] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -110,6 +115,9 @@ class Keep(Callback):
                 self.gradients[name] = found.detach().float().clone()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not pl_module.automatic_optimization:
+            return
+        self.losses.append(float(outputs["loss"]))
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             shown = trainer.callback_metrics
             names = ("train/loss", "train/grad_norm")
@@ -167,7 +175,7 @@ def gradients(
     data = Rows(data_size * accumulate, steps=3)
     callbacks = [plugin(), keep]
     train(strategy, devices, accumulate, data, callbacks, module, gradient_clip_val=0.05)
-    return {"gradients": keep.gradients, "logged": keep.logged}
+    return {"gradients": keep.gradients, "logged": keep.logged, "losses": keep.losses}
 
 
 def curve(strategy: Any, data_size: int, devices: int) -> list[float]:
@@ -188,6 +196,35 @@ class Late(SparseLM):
     def configure_model(self) -> None:
         torch.manual_seed(0)
         super().configure_model()
+
+
+class Manual(SparseLM):
+    """Takes its optimizer steps itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def manual() -> dict[str, Any]:
+    """One step of two rows."""
+    keep = Keep()
+    torch.manual_seed(0)
+    module = Manual(architecture=ARCHITECTURE, warmup_steps=0, learning_rate=1e-3)
+    train(DeepSpeedSparseStrategy(stage=2), 2, 1, Rows(2), [plugin(), keep], module)
+    return {"gradients": keep.gradients, "logged": []}
+
+
+def generated() -> dict[str, list[int]]:
+    """What a model that was trained in parts of rows generates behind a whole one."""
+    strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
+    model = train(strategy, 2, 1, Rows(1), [plugin()]).model.eval()
+    ids, options = rows(1)[0]["input_ids"], {"max_new_tokens": 3, "do_sample": False}
+    after = model.generate(ids, **options)
+    with whole_sequences(model):
+        return {"after": after.tolist(), "whole": model.generate(ids, **options).tolist()}
 
 
 class Unaware(SparseLM):
@@ -216,7 +253,7 @@ def refusals() -> dict[str, str]:
 
 def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
     """What the ranks of one size find, by case: (stage, accumulation), "ddp",
-    ("offload", stage), ("memory", stage, tied), "curve", "refusals", "late".
+    "manual", ("offload", stage), ("memory", stage, tied), "curve", "refusals", "generated", "late".
     """
     world = data_size * sequence_size
     found: dict[Any, Any] = {}
@@ -225,6 +262,8 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
         found[stage, accumulate] = gradients(strategy, data_size, accumulate, world)
     if sequence_size == 1:
         found["ddp"] = gradients("ddp", data_size, 4, world)
+        if data_size == 2:
+            found["manual"] = manual()
         for stage in (1, 2, 3):
             strategy = DeepSpeedSparseStrategy(
                 stage=stage,
@@ -243,34 +282,11 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
         found["refusals"] = refusals()
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["late"] = gradients(strategy, data_size, 1, world, Late())
+        found["generated"] = generated()
     if (data_size, sequence_size) == (2, 2):
         strategy = DeepSpeedSparseStrategy(stage=3, sequence_parallel=sequence_size)
         found["curve"] = curve(strategy, data_size, world)
     return found
-
-
-def fork(world: int, run: Any) -> None:
-    """Run a function on `world` forked ranks; exits where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            ranks = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world}
-            os.environ |= {key: str(value) for key, value in ranks.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                run()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    ends = [os.waitpid(child, 0)[1] for child in children]
-    if any(ends):
-        sys.exit("a rank failed")
 
 
 def main(size: str, out: Path) -> None:

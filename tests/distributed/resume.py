@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import ARCHITECTURE, ATTENTION, BUDGET, Rows, fork
+from parity import ARCHITECTURE, ATTENTION, BUDGET, Rows
 from pytorch_lightning import Callback, LightningDataModule, Trainer
 
 from lit_sparse.callbacks import RunCheckpoint, SparseAttention, StepSeed
@@ -32,6 +32,9 @@ from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.weights import full_state_dict
 from lit_sparse.training import SparseLM
 from lit_sparse.training.checkpoint import newest_whole
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forking import fork
 
 STEPS = 4
 

@@ -127,3 +127,12 @@ def test_other_errors_are_not_of_the_communication():
     assert lost_contact(RuntimeError("Connection closed by peer")) is None, "one process"
     assert lost_contact(ValueError("timeout")) is None
     assert "lost contact" in lost_contact(torch.distributed.DistNetworkError("gone"))
+
+
+def test_the_reason_is_not_lost():
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp, invalid usage\nLast error:\nDuplicate GPU detected"
+    )
+    line = lost_contact(error)
+    assert line.endswith("Last error: Duplicate GPU detected")
+    assert "\n" not in line

@@ -70,6 +70,13 @@ def test_what_the_trainer_decides_is_refused(key):
             {"zero_optimization": {"redce_bucket_size": 7}},
             r"zero_optimization.redce_bucket_size = 7, which DeepSpeed does not take: \w",
         ),
+        ({"zero_optimization": True}, "zero_optimization = True, but strategy.stage says"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            "has zero_optimization.round_robin_gradients: take it out",
+        ),
+        ({"torch_autocast": {"enabled": True}}, "has torch_autocast: take it out .*precision"),
+        ({"managed_gradient_accumulation": False}, "has managed_gradient_accumulation: take it"),
         ({"train_micro_batch_size_per_gpu": 4}, r"= 4, but the data \(a micro-batch is one row\)"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},

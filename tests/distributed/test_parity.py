@@ -76,6 +76,17 @@ def test_plain_ddp_is_right_too(one, many):
     _same_gradients(many("2x1")["ddp"], one[8])
 
 
+def test_a_module_may_take_its_steps_itself(one, many):
+    _same_gradients(many("2x1")["manual"], {**one[2], "logged": []})
+
+
+@pytest.mark.parametrize("how", [(1, 1), (3, 1)])
+def test_the_loss_of_a_step_is_that_of_its_own_row(one, many, how):
+    """The first rank has the first of two rows, counted twice: DeepSpeed averages over ranks."""
+    alone = [2 * loss for loss in one[2]["losses"][::2]]
+    assert many("2x1")[how]["losses"] == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloading_to_the_cpu_changes_nothing(one, many, stage):
     _same_gradients(many("2x1")["offload", stage], one[8])
@@ -109,6 +120,11 @@ def test_four_ranks_that_share_a_row(one, many, stage):
 )
 def test_what_ranks_cannot_do_is_refused(many, what, message):
     assert message in many("1x2")["refusals"][what]
+
+
+def test_a_trained_model_takes_whole_rows(many):
+    found = many("1x2")["generated"]
+    assert found["after"] == found["whole"]
 
 
 def test_thirty_steps_of_four_ranks_are_those_of_one(parity, many):

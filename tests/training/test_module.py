@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from lit_sparse import Budget
 from lit_sparse.callbacks import SparseAttention
@@ -198,3 +199,12 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(architecture, corpus)
 def test_bad_options_are_named(architecture, options):
     with pytest.raises(ValueError, match=f"model.{next(iter(options))} is out of its range"):
         SparseLM(architecture=architecture, **options)
+
+
+def test_lightnings_own_deepspeed_strategy_is_refused(architecture):
+    module = SparseLM(architecture=architecture)
+    module._trainer = Trainer(
+        accelerator="cpu", strategy=DeepSpeedStrategy(), logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ValueError, match=r"trainer.strategy: .* twice: set deepspeed_sparse"):
+        module.on_fit_start()

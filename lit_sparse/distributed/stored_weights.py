@@ -1,4 +1,4 @@
-"""Whole weights out of shards: those of a model under ZeRO 3, and of DeepSpeed's checkpoints."""
+"""The whole weights of a sharded checkpoint, read by one process."""
 
 from __future__ import annotations
 
@@ -6,34 +6,12 @@ import io
 import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lit_sparse.distributed.checkpoint import TAG, weights_only_loads
-
-
-def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of a parameter, also where this rank has a part of it only."""
-    shape: Any = getattr(tensor, "ds_shape", tensor.shape)
-    return shape
-
-
-def whole_tensor(tensor: Tensor, wanted: bool = True) -> Tensor | None:
-    """The values of a parameter or buffer on the CPU.
-
-    Args:
-        tensor: if ZeRO 3 has sharded it, all ranks have to call this.
-        wanted: whether this rank asks for the values; None is returned where it does not.
-    """
-    if not hasattr(tensor, "ds_id"):
-        return tensor.detach().cpu() if wanted else None
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([tensor]):
-        # What was gathered is freed at the end, on a CPU as well.
-        return tensor.detach().to("cpu", copy=True) if wanted else None
 
 
 class StoredTensor(Protocol):
