@@ -88,7 +88,7 @@ def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> Sum:
     except (OSError, RuntimeError) as error:
         # PyTorch's writer puts an error of its own before that of the disk.
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
 

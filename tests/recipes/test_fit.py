@@ -289,6 +289,7 @@ def test_an_unsupported_model_names_layer_and_feature(config, tmp_path, capfd):
     other = tmp_path / "mistral.yaml"
     architecture = {"model_type": "mistral", "sliding_window": 64, "num_hidden_layers": 2}
     architecture |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    architecture |= {"num_key_value_heads": 2}
     other.write_text(yaml.safe_dump({"model": {"architecture": architecture}}))
     assert main(["fit", "--config", config, "--config", str(other)]) == 2
     error = capfd.readouterr().err
