@@ -66,7 +66,8 @@ def deepspeed_config(
     ours = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
-        # Any optimizer of torch's; the fused AdamW of SparseLM runs on a CPU too.
+        # Any optimizer of torch's; SparseLM takes the fused AdamW where it runs on the CPU, and
+        # DeepSpeed's own for CPUs would have to be compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, StrategyRegistry
 from torch import nn
 
 from lit_sparse.distributed import ulysses
+from lit_sparse.distributed.discarding import as_after_overflow
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.distributed.precision import SparsePrecision
 from lit_sparse.distributed.ranks import Ranks
@@ -82,6 +83,7 @@ class DeepSpeedSparseStrategy(SavingStrategy):
         if not timeout_minutes > 0:
             raise ValueError(f"strategy.timeout_minutes must be > 0, got {timeout_minutes}")
         self.stage, self.sequence_parallel = stage, sequence_parallel
+        self.offload_optimizer = offload_optimizer
         self._ranks = Ranks()
         self._discards = False
         self.discarded = False
@@ -253,39 +255,8 @@ class DeepSpeedSparseStrategy(SavingStrategy):
             yield
             return
         optimizer: Any = self.deepspeed_engine.optimizer
-        with _as_after_overflow(optimizer):
+        with as_after_overflow(optimizer):
             yield
-
-
-@contextmanager
-def _as_after_overflow(optimizer: Any) -> Iterator[None]:
-    """Inside, a step of the engine's optimizer does what ZeRO does after an overflow, releasing the
-    gradients, and leaves the loss scale alone.
-    """
-
-    def overflow(*_: Any, **__: Any) -> bool:
-        optimizer.overflow = True
-        return True
-
-    replaced: Mapping[str, Any]
-    if hasattr(optimizer, "_overflow_check_and_loss_scale_update"):  # stage 3
-        replaced = {"_overflow_check_and_loss_scale_update": overflow}
-    elif hasattr(optimizer, "check_grad_overflow"):  # stages 1 and 2
-        replaced = {"check_grad_overflow": True, "check_overflow": overflow}
-    else:  # stage 0, which clears the gradients itself
-        replaced = {"step": lambda *_, **__: None}
-    if hasattr(optimizer, "_update_scale"):
-        replaced = {**replaced, "_update_scale": lambda *_: None}
-    before = {name: vars(optimizer)[name] for name in replaced if name in vars(optimizer)}
-    for name, value in replaced.items():
-        setattr(optimizer, name, value)
-    try:
-        yield
-    finally:
-        for name in replaced:
-            delattr(optimizer, name)
-        for name, value in before.items():
-            setattr(optimizer, name, value)
 
 
 def _use_cpu() -> None:

