@@ -36,11 +36,11 @@ class DeepSpeedSparseStrategy(SavingStrategy):
     a row (sequence parallelism) read the same one; hooks before an optimizer step are called before
     an optimizer step.
 
-    The loss of a module has to be made for it: `loss * gradient_divisor(trainer) / tokens of the
-    step`, with the loss summed over this rank's tokens, gives the mean over the tokens of all ranks
-    and micro-batches, as `SparseLM` does. Under sequence parallelism the module also passes only
-    its part of a row to the model, see `shard_sequence`, and says so by an attribute
-    `shards_sequences = True`.
+    A module's loss is averaged over ranks and micro-batches, as under DDP. For the mean over the
+    tokens of all of them return `loss * gradient_divisor(trainer) / tokens of the step`, with the
+    loss summed over this rank's tokens, as `SparseLM` does. Under sequence parallelism that is
+    needed, and the module passes only its part of a row to the model, see `shard_sequence`; it says
+    so by an attribute `shards_sequences = True`.
 
     Args:
         stage: of ZeRO. 0: nothing is sharded, 1: the optimizer's states, 2: gradients too, 3:
