@@ -17,13 +17,12 @@ from lit_sparse.training import SparseLM
 
 HERE = Path(__file__).parent
 ONE = "1x1:watch@0,own@0,padded@0,guard@0,recall@0"
-SOME = ["1x2:watch@2,own@2,guard@2,stop@2,recall@3", "2x2:watch@3,unchanged@3,guard@3"]
+SOME = ["1x2:watch@2,own@2,guard@2,stop@2,recall@3", "2x1:watch@3,unchanged@3,guard@3"]
 MORE = [
     "1x2:watch@0,watch@1,watch@3,watch@3_offload,own@3,unchanged@3,guard@0,guard@3",
-    "2x1:watch@0,watch@1,watch@2,watch@3,own@0,padded@3,unchanged@0,unchanged@3,guard@0,guard@1,"
-    "guard@3,stop@3,recall@3",
-    "2x2:watch@0,watch@1,watch@2,watch@2_offload,own@1,unchanged@1,guard@0,guard@1,guard@2,"
-    "guard@2_offload,guard@3_offload,stop@3,recall@0,recall@3",
+    "2x1:watch@0,watch@1,watch@2,own@0,padded@3,unchanged@0,guard@0,guard@1,stop@3,recall@3",
+    "2x2:watch@0,watch@1,watch@2,watch@2_offload,watch@3,own@1,unchanged@1,unchanged@3,guard@0,"
+    "guard@1,guard@2,guard@3,guard@2_offload,guard@3_offload,stop@3,recall@0,recall@3",
 ]
 
 
