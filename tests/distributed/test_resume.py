@@ -33,6 +33,8 @@ CASES = {
         "offload": True,
         "tied": True,
     },
+    "stage 0": {"stage": 0},
+    "offloaded": {"stage": 1, "offload": True},
     "frozen embeddings": {"stage": 3, "frozen": True},
     # The last one is also refused, poisoned and killed.
     "stage 2": {"stage": 2, "accumulate": 2, "tied": True},
