@@ -182,8 +182,8 @@ def restore_frequencies(model: nn.Module) -> None:
     """Give RoPE its float32 frequencies back where a cast of the whole model has rounded them.
 
     `model.to(torch.bfloat16)`, as Lightning and DeepSpeed call it for weights in half precision,
-    takes buffers along. Rounded to 8 bits a frequency is up to .4 % off: after 1000 tokens the
-    fastest dimension is radians away from where it was trained.
+    takes buffers along. Rounded to 8 bits a frequency is up to .4 % off: after 1000 tokens a
+    fast dimension may be radians away from where it was trained.
     """
     require_known(model)
     if cast(Any, model).base_model.rotary_emb.inv_freq.dtype.itemsize < 4:

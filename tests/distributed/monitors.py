@@ -184,9 +184,9 @@ def guard(size: str, stage: str, folder: Path) -> dict[str, Any]:
 
 
 def stop(size: str, stage: str, folder: Path) -> dict[str, Any]:
-    """Where a run of five steps ends that an alert stops in the first micro-batch of a step."""
+    """Where a run ends that an alert stops in the first micro-batch of its first step."""
     limits = CollapseLimits(missed_mass=1e-30)
-    monitor = CollapseMonitor(**COMMON, patience=2, limits=limits, on_alert="stop")
+    monitor = CollapseMonitor(**COMMON, patience=1, limits=limits, on_alert="stop")
     trainer = make_trainer(size, stage, [monitor])
     trainer.fit(make_module(), datamodule=Data(2, steps=5))
     return {"step": trainer.global_step}
