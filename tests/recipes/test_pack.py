@@ -74,7 +74,7 @@ def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path, lines):
         "import os, sys, time\n"
         "class Slow(ByteTokenizer):\n"
         "    def encode_many(self, texts):\n"
-        "        print(os.getpid(), flush=True)\n"
+        "        os.write(1, f'{os.getpid()}\\n'.encode())  # at once: lines of two must not mix\n"
         "        time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    pack.UNIT_BYTES = 5000\n"
@@ -83,8 +83,10 @@ def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path, lines):
     arguments = [sys.executable, str(script), str(lines), str(tmp_path / "store")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        workers = [int(process.stdout.readline()) for _ in range(2)]
-        process.send_signal(signal.SIGKILL)
+        try:
+            workers = [int(process.stdout.readline()) for _ in range(2)]
+        finally:
+            process.send_signal(signal.SIGKILL)
         assert process.stdout.read() == ""  # its end: nobody holds the other end open
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}/stat") and _runs(pid) for pid in workers):
