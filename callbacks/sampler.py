@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lit_sparse.attention import Selection
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import STATISTICS, RowStatistics
 from lit_sparse.callbacks.common import sparse_models
@@ -154,7 +155,7 @@ class Sampler:
             out: Tensor,
             lse: Tensor,
             selection: Selection,
-            scale: float,
+            options: Options,
             documents: Any,
         ) -> None:
             if first + layer in self._seen:
@@ -164,7 +165,7 @@ class Sampler:
             rows = sample_rows(selection.plan, share, generator, chosen.min_context)
             if not len(rows) or not heads:
                 return
-            found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse, heads=heads)
+            found = probe_rows(q, k, v, selection, rows, options, out=out, lse=lse, heads=heads)
             # As many as `rows` on each rank: a share may be one row, which is alike to nothing.
             generator.manual_seed(seed)
             rows = sample_rows(selection.plan, chosen.rows, generator, chosen.min_context)

@@ -132,9 +132,9 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
     drawn = torch.empty(0, dtype=torch.int64)
 
     def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
-        *_, scale, _ = others
+        *_, options, _ = others
         need = rows_need(
-            q, k, drawn, missed=missed, block=block, sink=sink, local=local, scale=scale
+            q, k, drawn, missed=missed, block=block, sink=sink, local=local, options=options
         )
         if not bool(need.logit_range.isfinite().all()):
             raise BadArgument(

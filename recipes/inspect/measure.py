@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse import theory
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.budget import Budget
 from lit_sparse.models import (
@@ -280,12 +281,12 @@ class _Logits:
         out: Tensor,
         lse: Tensor,
         selection: Any,
-        scale: float,
+        options: Options,
         documents: Any,
     ) -> None:
         generator = torch.Generator().manual_seed(SEED + self.text)
         rows = sample_rows(selection.plan, self.rows, generator, self.min_context)
-        found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse)
+        found = probe_rows(q, k, v, selection, rows, options, out=out, lse=lse)
         pair = found.logit_max.double().cpu(), found.logit_range.double().cpu()
         self._seen.setdefault(layer, []).append(pair)
 
