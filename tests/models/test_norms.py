@@ -71,9 +71,9 @@ def test_norms_are_those_of_the_full_product_at_every_distance(tiny, kind, rope)
 def _largest_measured(model, tokens):
     largest = []
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        largest.append(scale * torch.einsum("ihd,jhd->hij", q, keys).abs().amax((1, 2)))
+        largest.append(options.scale * torch.einsum("ihd,jhd->hij", q, keys).abs().amax((1, 2)))
 
     with torch.no_grad(), observe(sparsify(model, Budget.dense()), observer):
         model.base_model(input_ids=tokens)
