@@ -97,9 +97,9 @@ class Check:
         return {**asdict(self), "met": self.met, "factor": self.factor}
 
 
-def sparse_layers(chosen: ChosenLaw, layers: int) -> list[int]:
-    """Layers that the law does not leave dense."""
-    return [layer for layer in range(layers) if chosen.of(layer) != Budget.dense()]
+def sparse_layers(chosen: ChosenLaw, layers: Sequence[int]) -> list[int]:
+    """Those of the layers that the law does not leave dense."""
+    return [layer for layer in layers if chosen.of(layer) != Budget.dense()]
 
 
 @torch.no_grad()
