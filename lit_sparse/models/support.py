@@ -174,14 +174,13 @@ def _reason(model: PreTrainedModel) -> str:
                 "model of its own, without the other inputs"
             )
         return f"a multimodal model, whose images and sounds are not causal{own}"
-    kinds = getattr(config, "layer_types", None) or ()
-    for layer, kind in enumerate(kinds):
-        if kind not in ("full_attention", "sliding_attention"):
-            stacks = (n for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
-            return f"{next(stacks, 'layer')}.{layer} has {kind}"
     classes = {type(module).__name__.lower() for module in model.modules()}
     if not any("attention" in name for name in classes):
         return "a state-space or recurrent model without attention"
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            stacks = (n for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+            return f"{next(stacks, 'layer')}.{layer} has {kind}"
     decoder = getattr(config, "is_decoder", False)
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         return "an encoder, which is not causal"
