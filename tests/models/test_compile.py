@@ -63,7 +63,7 @@ def test_packed_documents(llama, tokens):
     assert case.graphs == 1
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_windows_soft_caps_and_sinks(kind, tokens):
     """Attention layers of both kinds compile as one graph each; experts are transformers' own."""
     model = build(kind, **dict(VARIANTS)[kind])

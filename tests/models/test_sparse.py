@@ -1,7 +1,9 @@
 """A sparsified model under a budget that drops blocks."""
 
 import copy
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from lit_sparse.models import (
     set_dense,
     sparsify,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import VARIANTS, build
 
 BUDGET = Budget.fixed(96, sink=16, local=0.25)
 LENGTH = 256
@@ -86,6 +91,19 @@ def test_padding_changes_nothing(sparse, tokens):
         padded = sparse(ids, attention_mask=mask, use_cache=False).logits
         alone = sparse(ids[1:, 40:], use_cache=False).logits
     torch.testing.assert_close(padded[1:, 40:], alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_checkpointing_with_windows_soft_caps_and_sinks(kind, tokens):
+    model = build(kind, **dict(VARIANTS)[kind]).train()
+    sparsify(model, BUDGET, block=16, tile=16)
+    ids, positions = tokens(1, 200), torch.cat([torch.arange(150), torch.arange(50)])[None]
+    loss, plain = train_step(model, ids, position_ids=positions)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, checkpointed = train_step(model, ids, position_ids=positions)
+    assert torch.equal(loss, again)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
