@@ -101,7 +101,7 @@ def logit_norms(model: nn.Module, at: Tensor) -> dict[int, LogitNorms]:
     Raises:
         ValueError: not a model whose layers are known.
     """
-    rotary, obeying = cast(Any, model).base_model.rotary_emb, law_layers(model)
+    obeying, rotary = law_layers(model), cast(Any, model).base_model.rotary_emb
     # Gemma 3 has a rotation for each kind of layer.
     kind = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
     frequencies = getattr(rotary, f"{kind}inv_freq")
@@ -121,6 +121,16 @@ def query_projection(module: nn.Module) -> nn.Linear:
     return cast(Any, module).qkv_proj if hasattr(module, "qkv_proj") else cast(Any, module).q_proj
 
 
+def _query_and_key(module: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight [heads * dim, d_model] and bias of the two projections."""
+    if not hasattr(module, "qkv_proj"):
+        return [(x.weight, x.bias) for x in (module.q_proj, module.k_proj)]
+    config = module.config
+    counts = (config.num_attention_heads, 2 * config.num_key_value_heads)
+    query, both = module.qkv_proj.weight.split([n * module.head_dim for n in counts])
+    return [(query, None), (both.chunk(2)[0], None)]
+
+
 def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: float) -> LogitNorms:
     dim, groups = module.head_dim, module.num_key_value_groups
     rotated = rotation[0].shape[1]
@@ -137,15 +147,8 @@ def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: fl
         bias = bias.unflatten(0, (-1, dim)).double() * size
         return of_weight, bias[:, :, None] * bias[:, None, :]
 
-    scale, projection = module.scaling, query_projection(module)
-    if projection is getattr(module, "q_proj", None):
-        (q, q_bias), (k, k_bias) = (grams(x.weight, x.bias) for x in (module.q_proj, module.k_proj))
-    else:
-        q_rows, k_rows = (
-            n * dim for n in (module.config.num_attention_heads, module.config.num_key_value_heads)
-        )
-        both = projection.weight[: q_rows + k_rows].split([q_rows, k_rows])
-        (q, q_bias), (k, k_bias) = (grams(weight, None) for weight in both)
+    scale = module.scaling
+    (q, q_bias), (k, k_bias) = (grams(*each) for each in _query_and_key(module))
     queries = torch.stack([q, q_bias], 1).unflatten(0, (-1, groups))
     # [Hkv, G, of weight or bias of q, of weight or bias of k, distances]
     squares = torch.stack([_rotated(queries, x, rotation) for x in (k, k_bias)], -2)
