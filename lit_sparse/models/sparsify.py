@@ -91,7 +91,7 @@ def sparsify(
         )
     modules, names = attention_layers(model), layer_names(model)
     _check_layers(model, law, names)
-    if not law_layers(model):
+    if modules and not law_layers(model):
         warnings.warn(f"the law changes nothing: {windows_everywhere(model)}", stacklevel=2)
 
     _register()
