@@ -83,7 +83,7 @@ def attend_whole(
     sources: ops.Sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     if torch.compiler.is_compiling():
         tensors = [torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources]
-        asking, constants = (state.number, model.number), (scale, None, None, state.law)
+        asking, constants = (state.number, model.number, state.law), (scale, None, None)
         return ops.attention(q, k, v, None, *tensors, *asking, *constants, model.backend)[0], None
     documents = ops.find(model, state.layer, q, k, sources)
     out, _, _ = ops.attend(

@@ -44,9 +44,9 @@ def sparsify(
     `sparsify(AutoModelForCausalLM.from_pretrained(path))` is the same sparse model again, and
     without `sparsify` the directory loads as an ordinary model. Calling it again replaces the law.
 
-    `torch.compile(model, fullgraph=True)` works: a graph serves all documents and observers, and is
-    compiled anew for another law and the first time that `set_dense` is used. Tell documents by
-    position_ids, a mask or lengths in tensors; host integers would be constants of the graph.
+    `torch.compile(model, fullgraph=True)` works: a graph serves all documents, laws and observers,
+    and is compiled anew the first time that `set_dense` is used. Tell documents by position_ids, a
+    mask or lengths in tensors; host integers would be constants of the graph.
 
     Args:
         model: a causal language model, or its base model, of a supported type (`SUPPORTED`).
@@ -142,7 +142,7 @@ def set_budget(model: nn.Module, budget: Budget | None) -> None:
     """Change the budget of the layers of a sparsified model that have none of their own, in place.
 
     The model's config follows. None gives them back the budget of `sparsify`. Cheap: nothing is
-    registered again; a compiled graph is compiled anew once for each law.
+    registered again and nothing compiled anew.
     """
     _change_law(model, budget, _require_state(model).alpha_factor)
 
