@@ -91,8 +91,8 @@ def attend_whole(
     sources: ops.Sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     if torch.compiler.is_compiling():
         tensors = [torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources]
-        constants = (scale, sliding_window, softcap, state.law, model.backend)
-        asking = (state.number, model.number)
+        asking = (state.number, model.number, state.law)
+        constants = (scale, sliding_window, softcap, model.backend)
         return ops.attention(q, k, v, s_aux, *tensors, *asking, *constants)[0], None
     documents = ops.find(model, state.layer, q, k, sources)
     out, _, _ = ops.attend(

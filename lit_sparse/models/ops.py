@@ -126,10 +126,10 @@ def attention(
     cu_seq_lens_k: Tensor | None,
     layer: Tensor,
     model: Tensor,
+    law: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
-    law: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`find` and `attend` as one operator, differentiable by q, k, v and sinks.
@@ -140,7 +140,8 @@ def attention(
         sinks: [Hq] or None; like scale, window, softcap and backend, see `sparse_attention`.
         attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k: see `find_documents`.
         layer, model: who asks, `LayerState.number` and `ModelState.number`.
-        law: `LayerState.law`.
+        law: `LayerState.law`. A tensor too, and so one graph serves all laws, and a backward that
+            of its forward.
 
     Returns:
         out [batch, q_len, Hq, D], 0 at padding; lse [batch, q_len, Hq]; columns and entry of the
@@ -183,10 +184,10 @@ def attention_backward(
     cu_seq_lens_k: Tensor | None,
     layer: Tensor,
     model: Tensor,
+    law: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
-    law: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `lit_sparse::attention` by q, k, v and sinks (empty without them).
@@ -238,7 +239,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.constants = inputs[:10], inputs[10:]
+    tensors, ctx.constants = inputs[:11], inputs[11:]
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(*output[1:])
 

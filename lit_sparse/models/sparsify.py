@@ -53,9 +53,9 @@ def sparsify(
     `sparsify(AutoModelForCausalLM.from_pretrained(path))` is the same sparse model again, and
     without `sparsify` the directory loads as an ordinary model. Calling it again replaces the law.
 
-    `torch.compile(model, fullgraph=True)` works: a graph serves all documents and observers, and is
-    compiled anew for another law and the first time that `set_dense` is used. Tell documents by
-    position_ids, a mask or lengths in tensors; host integers would be constants of the graph.
+    `torch.compile(model, fullgraph=True)` works: a graph serves all documents, laws and observers,
+    and is compiled anew the first time that `set_dense` is used. Tell documents by position_ids, a
+    mask or lengths in tensors; host integers would be constants of the graph.
 
     A layer with a sliding window keeps it to the token, through the same operator, and obeys no
     law: neither budget nor `set_dense` changes it.
@@ -160,7 +160,7 @@ def set_budget(model: nn.Module, budget: Budget | None) -> None:
     """Change the budget of the layers of a sparsified model that have none of their own, in place.
 
     The model's config follows. None gives them back the budget of `sparsify`. Cheap: nothing is
-    registered again; a compiled graph is compiled anew once for each law.
+    registered again and nothing compiled anew.
     """
     _change_law(model, budget, require_state(model).alpha_factor)
 

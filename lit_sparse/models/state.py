@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -176,30 +174,42 @@ class LayerState:
         self.number = _constant(self.layer)
         self.read_model()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Numbers of laws are those of a process.
+        self.__dict__.update(state)
+        self.read_model()
+
     def read_model(self) -> None:
         """Take over the model's law."""
         law = self.model.law
         dense = replace(law, budget=Budget.dense(), layers={})
         own = dense if self.window else replace(dense, budget=law.of(self.layer))
-        self._sparse, self._dense = (json.dumps(x.to_dict()) for x in (own, dense))
+        self._sparse, self._dense = _number(own), _number(dense)
 
     @property
-    def law(self) -> str:
-        """What the layer obeys at the moment, as a string: torch.compile compares it from call to
-        call and compiles again where it changed; `read_law` makes it a Law.
-        """
+    def law(self) -> Tensor:
+        """What the layer obeys at the moment, as a number: `read_law` makes it a Law."""
         return self._dense if self.model.dense else self._sparse
 
 
 def _constant(number: int) -> Tensor:
-    # A graph compiled for one layer serves the others if what tells them apart is a tensor.
+    # A graph compiled for one layer and law serves the others if what tells them apart is a tensor.
     return torch.tensor(number, device="cpu")
 
 
-@lru_cache(maxsize=1024)
-def read_law(law: str) -> Law:
+_laws: list[Law] = []
+"""Those of this process, by number: no law is forgotten, as a backward may still be to come."""
+
+
+def _number(law: Law) -> Tensor:
+    if law not in _laws:
+        _laws.append(law)
+    return _constant(_laws.index(law))
+
+
+def read_law(number: Tensor) -> Law:
     """The law of one layer: `budget` is the layer's own."""
-    return Law.from_dict(json.loads(law))
+    return _laws[int(number)]
 
 
 def layer_state(module: nn.Module) -> LayerState | None:

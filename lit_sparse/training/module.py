@@ -23,6 +23,7 @@ from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source
 from lit_sparse.training.activations import Activations, set_activations
+from lit_sparse.training.compilation import check_compilation, check_compiler, compile_layers
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
 from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
@@ -57,6 +58,7 @@ class SparseLM(LightningModule):
         loss: how the logits of a whole row are avoided: "chunked", "tiled" (DeepSpeed) or "liger".
         loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
         liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
+        compile: compile the layers by torch.compile, all but their attention; see `compile_layers`.
     """
 
     applies_stage_learning_rates = True
@@ -79,6 +81,7 @@ class SparseLM(LightningModule):
         loss: Loss = "chunked",
         loss_chunk: int = 1024,
         liger_kernels: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -92,6 +95,8 @@ class SparseLM(LightningModule):
                 raise ValueError(f"model.{key} is out of its range: {value}")
         check_source(pretrained, architecture)
         check_loss(loss)
+        if compile:
+            check_compilation(liger_kernels, tiled_mlp)
         self.save_hyperparameters()
         self.model: Any = None
         if pretrained is None:
@@ -118,6 +123,8 @@ class SparseLM(LightningModule):
         if options["tiled_mlp"] is not None:  # tiles of what Liger made of the MLPs
             tile_mlps(model, options["tiled_mlp"])
         set_activations(model, options["activations"])
+        if options["compile"]:
+            compile_layers(model)
         self.model = model
 
     def on_fit_start(self) -> None:
@@ -126,6 +133,8 @@ class SparseLM(LightningModule):
             check_tiling(self.trainer, "model.tiled_mlp")
         if self.hparams["loss"] == "tiled":
             check_tiling(self.trainer, "model.loss: tiled")
+        if self.hparams["compile"]:
+            check_compiler(self.trainer)
         tokens = getattr(self._datamodule, "vocab_size", None)
         embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
         if tokens is not None and tokens > embeddings:

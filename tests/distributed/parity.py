@@ -1,7 +1,8 @@
 """Trains with real DeepSpeed engines on real gloo ranks, and writes down gradients.
 
 `python parity.py DATAxSEQUENCE OUT` imports everything once, forks the ranks and runs every case in
-them, see `measure`. Rank 0 writes OUT, a torch file.
+them, see `measure`; `python parity.py compiled OUT` those of `compiled`. Rank 0 writes OUT, a torch
+file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lit_sparse.callbacks import SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.gradients import gradients_are_whole
 from lit_sparse.models import whole_sequences
-from lit_sparse.training import SparseLM
+from lit_sparse.training import SparseLM, compilation
 
 sys.path.append(str(Path(__file__).parents[1]))
 from forking import fork
@@ -227,6 +228,21 @@ def generated() -> dict[str, list[int]]:
         return {"after": after.tolist(), "whole": model.generate(ids, **options).tolist()}
 
 
+def compiled() -> dict[str, Any]:
+    """Two data-parallel ranks whose layers are compiled, in eager mode's own operations."""
+    compilation.BACKEND = "aot_eager"
+    found = {}
+    for name, strategy, options in (
+        ("ddp", "ddp", {}),
+        (0, DeepSpeedSparseStrategy(stage=0), {"activations": "recompute"}),
+        (1, DeepSpeedSparseStrategy(stage=1, offload_optimizer="cpu"), {}),
+        (2, DeepSpeedSparseStrategy(stage=2), {**MEMORY, "tiled_mlp": None}),
+    ):
+        module = make_module(False, compile=True, **options)
+        found[name] = gradients(strategy, 2, 2, 2, module)
+    return found
+
+
 class Unaware(SparseLM):
     """A module that would pass whole rows to the model."""
 
@@ -241,6 +257,7 @@ def refusals() -> dict[str, str]:
         ("one head", one_head, [plugin()], {}),
         ("not sparse", None, [], {}),
         ("unaware", Unaware(architecture=ARCHITECTURE), [plugin()], {}),
+        ("compiled", SparseLM(architecture=ARCHITECTURE, compile=True), [plugin()], {}),
         ("float16", None, [plugin()], {"precision": "16-mixed"}),
     ):
         strategy = DeepSpeedSparseStrategy(stage=2, sequence_parallel=2)
@@ -292,10 +309,10 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
 def main(size: str, out: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    data_size, sequence_size = map(int, size.split("x"))
+    data_size, sequence_size = (2, 1) if size == "compiled" else map(int, size.split("x"))
 
     def run() -> None:
-        found = measure(data_size, sequence_size)
+        found = compiled() if size == "compiled" else measure(data_size, sequence_size)
         if os.environ["RANK"] == "0":
             torch.save(found, out)
 

@@ -104,6 +104,12 @@ def test_memory_features_change_nothing(parity, one, one_tied, many, size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", 0, 1, 2])
+def test_compiled_layers_change_nothing(one, many, strategy):
+    _same_gradients(many("compiled")[strategy], one[4])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_four_ranks_that_share_a_row(one, many, stage):
     _same_gradients(many("1x4")[stage, 4], one[4])
@@ -115,6 +121,7 @@ def test_four_ranks_that_share_a_row(one, many, stage):
         ("one head", "= 2 does not divide the 1 key-value heads of LlamaForCausalLM; on 2 ranks"),
         ("not sparse", "LlamaForCausalLM does not run our attention: add SparseAttention"),
         ("unaware", "Unaware does not say that it shards sequences: pass shard_sequence"),
+        ("compiled", "model.compile: ranks that share a row exchange tokens inside of each layer"),
         ("float16", "trainer.precision: 16-mixed is for GPUs; set bf16-mixed"),
     ],
 )

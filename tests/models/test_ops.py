@@ -30,8 +30,9 @@ def arguments(model):
         k, v = (draw(rows, length + cached, 2, 16) for _ in range(2))
         layer = LayerState(0, "self_attn", model)
         sinks = draw(heads) if others.pop("sinks", False) else None
-        tensors = (q, k, v, sinks, mask, positions, lengths, lengths, layer.number, model.number)
-        constants = {"scale": 0.25, "window": None, "softcap": None, "law": layer.law}
+        asking = (layer.number, model.number, layer.law)
+        tensors = (q, k, v, sinks, mask, positions, lengths, lengths, *asking)
+        constants = {"scale": 0.25, "window": None, "softcap": None}
         return (*tensors, *{**constants, "backend": None, **others}.values())
 
     return build

@@ -58,7 +58,7 @@ def test_is_a_proper_operator(device, dtype):
         for heads in (2, 1, 1)
     )
     sinks = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
-    rest = (layer.number, model.number, 0.25, 60, 5.0, layer.law, "triton")
+    rest = (layer.number, model.number, layer.law, 0.25, 60, 5.0, "triton")
     torch.library.opcheck(attention, (q, k, v, sinks, None, None, None, None, *rest))
     out, lse, columns, _ = attention(q, k, v, sinks, None, None, None, None, *rest)
     assert columns.shape[1] > 0
