@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse import theory
+from lit_sparse.models.rope import frequencies, layer_kinds
 from lit_sparse.models.support import attention_layers
 
 NEAR = 64
@@ -96,13 +97,16 @@ def logit_norms(model: nn.Module, at: Tensor) -> dict[int, LogitNorms]:
     Raises:
         ValueError: not a model whose layers are known.
     """
-    layers = attention_layers(model)
-    rotary = cast(Any, model).base_model.rotary_emb
-    angles = at.to(rotary.inv_freq.device)[:, None] * rotary.inv_freq.double()
+    return {
+        layer: _norms(cast(Any, module), at, *_rotation(at, *frequencies(model, kind)))
+        for (layer, module), kind in zip(attention_layers(model), layer_kinds(model), strict=True)
+    }
+
+
+def _rotation(at: Tensor, inverse: Tensor, scaling: float) -> tuple[tuple[Tensor, Tensor], float]:
+    angles = at.to(inverse.device)[:, None] * inverse.double()
     # A key stands `distance` tokens before its query. YaRN scales both of them.
-    rotation = (angles.cos().repeat(1, 2), -angles.sin().repeat(1, 2))
-    scaling = rotary.attention_scaling**2
-    return {layer: _norms(cast(Any, module), at, rotation, scaling) for layer, module in layers}
+    return (angles.cos().repeat(1, 2), -angles.sin().repeat(1, 2)), scaling**2
 
 
 def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: float) -> LogitNorms:

@@ -9,7 +9,18 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = (
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
 """Values of `config.model_type` whose attention layers are known and tested."""
 
 
