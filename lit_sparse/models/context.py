@@ -15,6 +15,7 @@ from torch import nn
 
 from lit_sparse.models.rope import (
     KEYS,
+    check_numbers,
     merged_rope,
     replace_rope,
     rope_parameters,
@@ -87,6 +88,7 @@ def extend_context(
             parameters = rule_parameters(rope, length, origin)
         elif rope is not None:
             parameters = merged_rope(parameters, rope, origin.positions)
+    check_numbers(parameters)
     positions = stored_positions(parameters, stages[-1][0], origin)
     if positions > origin.positions and scales_by_positions(parameters):
         raise ValueError(
@@ -112,7 +114,7 @@ def stored_positions(parameters: Mapping[str, Any], length: int, origin: RopeOri
         return origin.positions
     reach = max(length, origin.context)
     if parameters["rope_type"] == "linear" and not _is_gemma3(origin):
-        return math.ceil(reach / parameters["factor"])
+        return math.ceil(reach / (parameters.get("factor") or 1.0))
     return reach
 
 

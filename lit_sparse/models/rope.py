@@ -144,7 +144,7 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
     ValueError, and the model unchanged, where transformers could not build it so.
     """
     require_known(model)
-    _check_numbers(parameters)
+    check_numbers(parameters)
     trial = copy.deepcopy(_config(model))
     _assign(trial, parameters, positions)
     try:
@@ -232,7 +232,8 @@ def restore_frequencies(model: nn.Module) -> None:
         _install(model, _build_rotary(model, _config(model)))
 
 
-def _check_numbers(parameters: Mapping[str, Any]) -> None:
+def check_numbers(parameters: Mapping[str, Any]) -> None:
+    """ValueError where rope_theta or factor is out of its range."""
     # transformers only warns about these, or computes NaN.
     for key, least in (("rope_theta", 0.0), ("factor", 1.0)):
         value = parameters.get(key)
