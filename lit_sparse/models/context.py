@@ -22,6 +22,7 @@ from lit_sparse.models.rope import (
     rotary_dimensions,
     scales_by_positions,
 )
+from lit_sparse.models.serving import multiplies_positions
 
 _ORIGIN = "lit_sparse_rope_origin"
 """Name of the attribute by which a model remembers its origin; never saved."""
@@ -105,22 +106,17 @@ def stored_positions(parameters: Mapping[str, Any], length: int, origin: RopeOri
     """`max_position_embeddings` of a config that says that the model reaches `length` tokens.
 
     transformers computes no frequencies from it where RoPE has a factor, or needs none. vLLM
-    derives its longest sequence (`_get_and_verify_max_len` in vllm/config/model.py): that value,
-    times the factor where rope_type is "linear" (not for Gemma 3), so that it has to be the context
-    before scaling; for "yarn" original_max_position_embeddings * factor, and since vllm#56446
-    (September 2026) the value itself, so that it has to be that product.
+    derives its longest sequence from it: times the factor where rope_type is "linear", so that it
+    has to be the context before scaling; for "yarn" original_max_position_embeddings * factor, or
+    since vllm#56446 the value itself, so that it has to be that product. See `models.serving`.
     """
     if length <= origin.positions and parameters == origin.parameters:
         return origin.positions
     reach = max(length, origin.context)
-    if parameters["rope_type"] == "linear" and not _is_gemma3(origin):
-        return math.ceil(reach / (parameters.get("factor") or 1.0))
+    if multiplies_positions(origin.model_type, parameters["rope_type"]):
+        # The factor is a rounded quotient: 1000 must not become 1001 over 1001 / 1000.
+        return math.ceil(reach / (parameters.get("factor") or 1.0) - 1e-6)
     return reach
-
-
-def _is_gemma3(origin: RopeOrigin) -> bool:
-    """Gemma 3's configs count the positions after scaling, whatever rope_type."""
-    return "gemma3" in origin.model_type
 
 
 def rule_parameters(rope: Mapping[str, Any], length: int, origin: RopeOrigin) -> dict[str, Any]:
@@ -223,16 +219,28 @@ def _scaled(
     rope: Mapping[str, Any], length: int, context: int, origin: RopeOrigin
 ) -> dict[str, Any]:
     name = rope["rule"]
-    given = {"rope_type": name, "factor": length / context}
+    given = {"rope_type": name, "factor": _ratio(length, context)}
     given |= _DEFAULTS.get(name, {}) | _options(rope)
     return merged_rope(origin.parameters, given, context)
+
+
+def _ratio(length: int, context: int) -> float:
+    """The factor that makes `length` of `context` again where its product is cut to an integer."""
+    ratio = length / context
+    return ratio if int(context * ratio) == length else math.nextafter(ratio, math.inf)
 
 
 def _rescaled(rope: Mapping[str, Any], length: int, origin: RopeOrigin) -> dict[str, Any]:
     parameters = dict(origin.parameters)
     factor = parameters.get("factor")
     original = rope.get("original") or parameters.get("original_max_position_embeddings")
-    if original is None and factor is not None and _is_gemma3(origin):
+    linear = parameters["rope_type"] == "linear"
+    if (
+        original is None
+        and factor
+        and linear
+        and not multiplies_positions(origin.model_type, "linear")
+    ):
         original = round(origin.positions / factor)
     if original is None or factor is None:
         raise ValueError(
