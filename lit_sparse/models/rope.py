@@ -76,13 +76,6 @@ def is_nested(parameters: Mapping[str, Any]) -> bool:
     return isinstance(parameters.get(FULL), Mapping)
 
 
-def layer_kinds(model: nn.Module) -> list[str]:
-    """Of every layer the kind whose RoPE it has; "full_attention" where all have the same."""
-    config = _config(model)
-    nested = is_nested(config.rope_parameters)
-    return list(config.layer_types) if nested else [FULL] * config.num_hidden_layers
-
-
 def frequencies(model: nn.Module, kind: str = FULL) -> tuple[Tensor, float]:
     """Inverse frequencies [rotated dimensions / 2] of the layers of a kind, as they stand, and the
     factor on queries and keys (YaRN's attention factor).

@@ -11,7 +11,7 @@ from monitored import Module, batches, make_trainer, sparse
 
 from lit_sparse.callbacks import sampler
 from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor, log2_bucket
-from lit_sparse.models.sparsify import _require_state
+from lit_sparse.models.state import require_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -79,7 +79,7 @@ def test_nothing_observes_after_an_exception():
     module, recorder = Failing(), Recorder()
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(module, recorder, count=3)
-    assert _require_state(module.model).observers == []
+    assert require_state(module.model).observers == []
     assert len(recorder.samples) == 1
     module.training_step = lambda batch, batch_idx: Module.training_step(module, batch, batch_idx)
     fit(module, recorder, count=2)  # the same callback serves another fit

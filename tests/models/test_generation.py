@@ -1,7 +1,9 @@
 """generate() of a sparse model: caches, padding, sampling and beams, against the definition."""
 
 import math
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,33 @@ from lit_sparse.attention.reference import select_blocks
 from lit_sparse.budget import Budget
 from lit_sparse.models import dense_attention, observe, sparsify
 
+sys.path.insert(0, str(Path(__file__).parent))
+from families import VARIANTS, WINDOW, build
+
 BUDGET = Budget.fixed(96, sink=16, local=0.25)
 LENGTHS = (200, 163)
+SHORT = (WINDOW - 3, WINDOW - 9)
+"""Prompts that fill a window while tokens are decoded."""
 NEW = 6
+# One window for all layers, windows in some, none.
+CACHES = [
+    variant
+    for variant in VARIANTS
+    if variant[0] in ("llama", "mistral", "gemma2", "gemma3_text", "gpt_oss")
+]
+
+
+@pytest.fixture(params=CACHES, ids=[f"{kind}{i}" for i, (kind, _) in enumerate(CACHES)])
+def family(request):
+    """Builds the same random model at every call."""
+
+    def fresh():
+        kind, variant = request.param
+        model = build(kind, **variant)
+        model.set_attn_implementation("eager")
+        return model
+
+    return fresh
 
 
 @pytest.fixture(params=["llama", "qwen3"])
@@ -26,12 +52,12 @@ def llama(tiny):
     return sparsify(tiny("llama"), BUDGET, block=16, tile=16)
 
 
-def prompts(tokens, side="left"):
-    """Two prompts of LENGTHS tokens in a batch, and its mask."""
-    ids = tokens(len(LENGTHS), max(LENGTHS))
+def prompts(tokens, lengths=LENGTHS, side="left"):
+    """Prompts of these lengths in a batch, and its mask."""
+    ids = tokens(len(lengths), max(lengths))
     mask = torch.ones_like(ids)
-    for row, length in enumerate(LENGTHS):
-        padding = max(LENGTHS) - length
+    for row, length in enumerate(lengths):
+        padding = max(lengths) - length
         if padding:
             mask[row, slice(padding) if side == "left" else slice(-padding, None)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
@@ -90,36 +116,35 @@ def test_decoding_is_the_definition(model, tokens, cache):
     assert max(kept) < 0.7
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_padded_batch_is_its_prompts_one_by_one(model, tokens, cache):
-    batch = prompts(tokens)
-    together, logits = generate(model, batch, cache_implementation=cache)
-    for row, length in enumerate(LENGTHS):
+@pytest.mark.filterwarnings("ignore:.*the law changes nothing")
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT], ids=["long", "short"])
+def test_every_cache_of_every_family(family, tokens, lengths):
+    """Padded or alone, from a dynamic or a static cache: the same tokens and logits."""
+    model = sparsify(family(), BUDGET, block=16, tile=16)
+    batch = prompts(tokens, lengths)
+    together, logits = generate(model, batch, cache_implementation="dynamic")
+    static = generate(model, batch, cache_implementation="static")
+    assert torch.equal(static[0], together)
+    torch.testing.assert_close(static[1], logits, rtol=1e-5, atol=1e-5)
+    for row, length in enumerate(lengths):
         alone = {"input_ids": batch["input_ids"][row : row + 1, -length:]}
-        ids, expected = generate(model, alone, cache_implementation=cache)
+        ids, expected = generate(model, alone)
         assert torch.equal(ids[0], together[row])
         torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_static_cache_is_the_dynamic_one(model, tokens):
+@pytest.mark.filterwarnings("ignore:.*the law changes nothing")
+def test_a_budget_that_keeps_everything_is_dense(family, tokens):
     batch = prompts(tokens)
-    dynamic, static = (
-        generate(model, batch, cache_implementation=cache) for cache in ("dynamic", "static")
-    )
-    assert torch.equal(dynamic[0], static[0])
-    torch.testing.assert_close(dynamic[1], static[1], rtol=1e-5, atol=1e-5)
-
-
-def test_a_budget_that_keeps_everything_is_dense(kind, tiny, tokens):
-    batch = prompts(tokens)
-    expected, logits = generate(tiny(kind), batch)
-    model = sparsify(tiny(kind), Budget.dense(), block=16, tile=16)
+    expected, logits = generate(family(), batch)
+    model = sparsify(family(), Budget.dense(), block=16, tile=16)
     for cache in ("dynamic", "static"):
         ids, ours = generate(model, batch, cache_implementation=cache)
         assert torch.equal(ids, expected)
         torch.testing.assert_close(ours, logits, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_compiled_decoding(tiny, tokens):
     """What transformers does by itself on a GPU: a static cache and a compiled forward."""
     llama = sparsify(tiny("llama", num_hidden_layers=1), BUDGET, block=16, tile=16)

@@ -14,8 +14,7 @@ from lit_sparse.models import (
     rope_parameters,
     set_rope,
 )
-from lit_sparse.models.norms import logit_norms
-from lit_sparse.models.rope import frequencies, layer_kinds
+from lit_sparse.models.rope import frequencies
 
 LENGTH = 2048
 SLIDING = "sliding_attention"
@@ -63,7 +62,6 @@ def test_rules_change_full_attention_only(gemma3, tokens, tmp_path, rule, caplog
 def test_the_rest_of_nested_rope(gemma3, tiny):
     origin = RopeOrigin.of(gemma3)
     assert (origin.dimensions, origin.positions) == (16, 512)
-    assert layer_kinds(gemma3) == gemma3.config.layer_types
     expected = frequencies(gemma3)[0].clone()
     rounded = tiny("gemma3_text").to(torch.bfloat16)
     restore_frequencies(rounded)
@@ -78,15 +76,6 @@ def test_the_rest_of_nested_rope(gemma3, tiny):
         with pytest.raises(ValueError, match="factor|truncate"):
             set_rope(gemma3, **wrong)
         assert gemma3.config.to_dict() == config
-
-
-def test_logit_norms_of_a_layer_take_its_own_rope(gemma3):
-    at = torch.tensor([0, 100])
-    before = logit_norms(gemma3, at)
-    set_rope(gemma3, rope_theta=1e3)
-    after = logit_norms(gemma3, at)
-    assert torch.equal(before[0].weight, after[0].weight)
-    assert not torch.equal(before[1].weight, after[1].weight)
 
 
 def test_gemma3_that_is_scaled_already(tiny):

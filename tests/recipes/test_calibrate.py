@@ -120,10 +120,10 @@ def test_the_check_is_the_dropped_mass_of_the_operator(made, place):
     generator = torch.Generator().manual_seed(0)
     missed, losses = [], {"sparse": [], "dense": []}
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         rows = torch.randperm(127, generator=generator)[:63].sort().values + 384
         rows = torch.cat([rows, torch.tensor([511])])
-        logits = scale * torch.einsum("rhd,thd->hrt", q[rows], k.repeat_interleave(2, 1))
+        logits = options.scale * torch.einsum("rhd,thd->hrt", q[rows], k.repeat_interleave(2, 1))
         logits[:, torch.arange(512) > rows[:, None]] = -torch.inf
         kept = selection.to_mask()[:, rows].repeat_interleave(2, 0)
         missed.append(logits.softmax(-1).masked_fill(kept, 0).sum(-1).flatten())

@@ -92,9 +92,9 @@ def _run_densely(folder, kind, name):
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_hook(lambda _, __, x: inputs.append(x[0]))
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         keys = k.repeat_interleave(2, 1)
-        logits.append(scale * torch.einsum("ihd,jhd->hij", q, keys)[:, -ROWS:])
+        logits.append(options.scale * torch.einsum("ihd,jhd->hij", q, keys)[:, -ROWS:])
 
     with torch.no_grad(), observe(sparsify(model, Budget.dense()), observer):
         model.model(ids, use_cache=False)
