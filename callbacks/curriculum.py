@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -116,7 +117,8 @@ class ContextCurriculum(Callback):
     on_test_epoch_start = on_validation_epoch_start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self._stage}
+        # The stages are for the model card of an export from the checkpoint.
+        return {"stage": self._stage, "stages": [asdict(s) for s in self.curriculum.stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         stage = state_dict["stage"]

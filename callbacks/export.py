@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,17 @@ from pytorch_lightning.utilities import rank_zero_info
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models import named_models
+from lit_sparse.models.card import Training
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
+from lit_sparse.training.curriculum import find_curriculum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class HuggingFaceExport(Callback):
-    """Save model (safetensors, with the law and the last stage's RoPE in its config) and tokenizer.
+    """Save model (safetensors, with the law and the last stage's RoPE in its config), tokenizer,
+    generation config and a model card of law, stages and the last measured gap.
 
     The directory loads in plain transformers as an ordinary dense model;
     `lit_sparse.sparsify(model)` makes it the sparse one again. Weights that the strategy has
@@ -29,7 +33,7 @@ class HuggingFaceExport(Callback):
 
     Args:
         directory: where to; relative to the trainer's log directory. A model that is there is
-            replaced.
+            replaced, but a README.md that you wrote or changed stays.
     """
 
     def __init__(self, directory: str = "huggingface") -> None:
@@ -56,7 +60,7 @@ class HuggingFaceExport(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for model, place in self._places(trainer, pl_module):
-            _write(trainer, model, place)
+            _write(trainer, model, place, _training(trainer, pl_module, model))
             rank_zero_info(f"Hugging Face directory: {place}")
         self._written = True
 
@@ -69,7 +73,17 @@ class HuggingFaceExport(Callback):
         return [(model, target / path) for path, model in named_models(pl_module).items()]
 
 
-def _write(trainer: Trainer, model: PreTrainedModel, directory: Path) -> None:
+def _training(trainer: Trainer, pl_module: LightningModule, model: PreTrainedModel) -> Training:
+    curriculum = find_curriculum(trainer)
+    return Training(
+        steps=trainer.global_step,
+        pretrained=pl_module.hparams.get("pretrained") or model.config.name_or_path or None,
+        stages=[asdict(stage) for stage in curriculum.stages] if curriculum else [],
+        measured={name: float(value) for name, value in trainer.callback_metrics.items()},
+    )
+
+
+def _write(trainer: Trainer, model: PreTrainedModel, directory: Path, training: Training) -> None:
     writes = trainer.is_global_zero
     tensors = stored_tensors(model)
     weights = {
@@ -97,5 +111,6 @@ def _write(trainer: Trainer, model: PreTrainedModel, directory: Path) -> None:
         weights,
         lambda name: whole_tensor(tensors[name], writes),
         tokenizer=getattr(datamodule_of(trainer), "text_tokenizer", None),
+        training=training,
         on_disk=on_disk,
     )

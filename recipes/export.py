@@ -2,7 +2,8 @@
 
 SOURCE is a checkpoint, or a run directory, whose newest whole checkpoint is taken. One process
 does it, without a GPU. The result loads in plain transformers as an ordinary dense model, and
-lit_sparse.sparsify(model) makes it the sparse one.
+lit_sparse.sparsify(model) makes it the sparse one. Its README.md, the model card, tells the law,
+the stages and the gap that training measured last; one that you wrote or changed stays.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed.checkpoint import RUN
 from lit_sparse.distributed.stored_weights import StoredTensor, checkpoint_weights
 from lit_sparse.models import pretrained_generation
+from lit_sparse.models.card import Training
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 from lit_sparse.recipes.run_directory import CONFIG
 from lit_sparse.training.checkpoint import checkpoint_step, checkpoints, damage, newest_whole
@@ -90,7 +92,14 @@ def _export(options: argparse.Namespace) -> None:
         model = trained.model
         if pretrained and (generation := pretrained_generation(pretrained)) is not None:
             model.generation_config = generation
-        write_model(model, places[name], trained.tensors, trained.read, tokenizer=tokenizer)
+        write_model(
+            model,
+            places[name],
+            trained.tensors,
+            trained.read,
+            tokenizer=tokenizer,
+            training=_training(state, pretrained or configs[name].get("_name_or_path") or None),
+        )
         size = sum(tensor.numel() for tensor in trained.tensors.values())
         print(
             f"{places[name]}: {type(model).__name__} after {state['global_step']} steps, "
@@ -179,6 +188,18 @@ class _Trained:
 
     def read(self, key: str) -> torch.Tensor:
         return self._weights[key].contiguous()
+
+
+def _training(state: Mapping[str, Any], pretrained: str | None) -> Training:
+    """What the model card says: stages and metrics as the checkpoint remembers them."""
+    curriculum = (state.get("callbacks") or {}).get("ContextCurriculum") or {}
+    logged = (state["lit_sparse"].get("logged") or {}).get("callback") or {}
+    return Training(
+        steps=state["global_step"],
+        pretrained=pretrained,
+        stages=curriculum.get("stages", []),
+        measured={name: float(value) for name, value in logged.items()},
+    )
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer | None:
