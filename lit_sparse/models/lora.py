@@ -125,7 +125,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA, base: Base | None = None) -> Pr
     stays: ranks that have loaded their weights in different ways have the same ones. What trains is
     float32 whatever the other weights are, since steps of a usual learning rate vanish in the
     rounding of bfloat16; but in a model that ZeRO 3 has sharded, which has one dtype, and whose
-    optimizer keeps float32 copies.
+    optimizer keeps float32 copies. Norms and embeddings in float32 amid bfloat16 run under autocast
+    only.
 
     Args:
         model: weights may be sharded by ZeRO 3 or on the meta device.
