@@ -89,12 +89,13 @@ class HuggingFaceExport(Callback):
 
 
 def _training(trainer: Trainer, pl_module: LightningModule, model: PreTrainedModel) -> Training:
-    curriculum = find_curriculum(trainer)
+    curriculum, adapters = find_curriculum(trainer), adapted(model)
     return Training(
         steps=trainer.global_step,
         pretrained=pl_module.hparams.get("pretrained") or model.config.name_or_path or None,
         stages=[asdict(stage) for stage in curriculum.stages] if curriculum else [],
         measured={name: float(value) for name, value in trainer.callback_metrics.items()},
+        lora=asdict(adapters.lora) if adapters else None,
     )
 
 

@@ -128,7 +128,7 @@ def _export(options: argparse.Namespace) -> None:
             merged,
             read,
             tokenizer=tokenizer,
-            training=_training(state, configs[name]),
+            training=_training(state, name),
         )
         size = sum(tensor.numel() for tensor in merged.values())
         print(
@@ -180,16 +180,19 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _training(state: Mapping[str, Any], config: Mapping[str, Any]) -> Training:
+def _training(state: Mapping[str, Any], name: str) -> Training:
     """What the model card says: stages and metrics as the checkpoint remembers them."""
     curriculum = (state.get("callbacks") or {}).get("ContextCurriculum") or {}
     pretrained = (state.get("hyper_parameters") or {}).get("pretrained")
-    logged = (state["lit_sparse"].get("logged") or {}).get("callback") or {}
+    own = state["lit_sparse"]
+    logged = (own.get("logged") or {}).get("callback") or {}
+    adapters = (own.get("adapters") or {}).get(name)
     return Training(
         steps=state["global_step"],
-        pretrained=pretrained or config.get("_name_or_path") or None,
+        pretrained=pretrained or own["models"][name].get("_name_or_path") or None,
         stages=curriculum.get("stages", []),
-        measured={name: float(value) for name, value in logged.items()},
+        measured={metric: float(value) for metric, value in logged.items()},
+        lora=adapters and adapters["lora"],
     )
 
 
