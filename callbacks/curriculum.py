@@ -171,7 +171,8 @@ class ContextCurriculum(Callback):
             )
 
     def _check_lengths(self, model: Any) -> None:
-        reach, ruled = RopeOrigin.of(model).context, ""
+        origin = RopeOrigin.of(model)
+        reach, ruled = origin.context, ""
         for i, stage in enumerate(self.curriculum.stages):
             if stage.rope is not None and "rule" not in stage.rope:
                 return  # who gives parameters says how far they reach
@@ -179,8 +180,10 @@ class ContextCurriculum(Callback):
                 reach = max(reach, stage.length)
                 ruled = f", or with the rule of stages[{i}]"
             elif stage.length > reach:
+                kind = origin.parameters["rope_type"]  # a scaled model goes on by its own rule
+                rule = kind if kind in ("linear", "yarn", "llama3") else "abf"
                 raise ValueError(
                     f"curriculum.stages[{i}].length = {stage.length} is longer than the {reach} "
                     f"positions of the model (max_position_embeddings{ruled}): give the stage a "
-                    "RoPE rule, e.g. rope: {rule: abf}"
+                    f"RoPE rule, e.g. rope: {{rule: {rule}}}"
                 )

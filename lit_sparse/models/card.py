@@ -39,12 +39,14 @@ class Training:
         steps: optimizer steps that were done.
         stages: of the curriculum, the fields of `Stage` by name; empty where none is known.
         measured: last values of logged metrics, by name.
+        lora: of merged adapters, the fields of `LoRA` by name.
     """
 
     steps: int
     pretrained: str | None = None
     stages: Sequence[Mapping[str, Any]] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def model_card(facts: CardFacts) -> str:
         "vLLM it is an ordinary dense model.",
         *(["## The law of its sparse attention", _law(law, facts.config, context)] if law else []),
         "## Training",
+        *([_lora(facts.training.lora)] if facts.training.lora else []),
         _stages(facts.training),
         "Measured in training, at the last stage that it reached:",
         _measured(facts.training.measured),
@@ -164,6 +167,16 @@ def _law(law: Law, config: Mapping[str, Any], context: int) -> str:
 
 def _budget(budget: Any) -> str:
     return "dense" if budget == type(budget).dense() else str(budget)
+
+
+def _lora(lora: Mapping[str, Any]) -> str:
+    targets = lora["targets"] or "the projections of attention"
+    parts = [targets if isinstance(targets, str) else ", ".join(targets)]
+    parts += ["norms"] * lora["train_norms"] + ["embeddings"] * lora["train_embeddings"]
+    return (
+        f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, merged into the weights; trained: "
+        f"{', '.join(parts)}."
+    )
 
 
 def _stages(training: Training) -> str:

@@ -64,6 +64,14 @@ def test_what_is_not_known(tiny):
     assert "| 3 |" not in text
 
 
+def test_merged_adapters(tiny):
+    lora = {"rank": 8, "alpha": 16.0, "targets": None}
+    some = card(tiny(), lora={**lora, "train_norms": True, "train_embeddings": False})
+    assert "LoRA of rank 8, alpha 16, merged into the weights; trained: the projections of" in some
+    assert "attention, norms." in some
+    assert "LoRA" not in card(tiny())
+
+
 def test_base_model(tiny):
     cached = (
         "/hub/models--meta-llama--Llama-3.2-1B/snapshots/4e20de362430cd3b72f300e6b0f18e50e7166e08"
