@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_sparse.attention import select
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.plan import make_plan
 from lit_sparse.budget import Budget
 from lit_sparse.data import ByteTokenizer
@@ -163,7 +164,7 @@ def test_a_scorer_that_keeps_everything_misses_nothing(observed):
     layers, _ = observed
     quality = Quality([Rule("working set", "exact", 0.1, TILE)], Budget.dense(), BLOCK)
     quality.rows = torch.arange(150, 200)
-    quality(0, *layers[0], *[None] * 6)
+    quality(0, *layers[0], *[None] * 4, Options(0.5), None)
     (entry,) = quality.results()
     assert entry["far_recall"] == 1.0
     assert entry["rows_and_heads_with_far_blocks"] == 50 * 4
