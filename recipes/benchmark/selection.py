@@ -276,12 +276,10 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         BadArgument: the model, the text or the length do not go together.
     """
-    from lit_sparse.models import dense_attention, law_layers, observe, windows_everywhere
+    from lit_sparse.models import dense_attention, law_layers, observe
 
     model = _model(task)
     layers = law_layers(model)
-    if not layers:
-        raise BadArgument(f"--model {task.model}: {windows_everywhere(model)}")
     config = model.config.get_text_config()
     groups = config.num_attention_heads // config.num_key_value_heads
     tile = task.tile or default_tile(groups)
@@ -315,10 +313,12 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _model(task: Task) -> Any:
-    from lit_sparse.models import build_model, sparsify
+    from lit_sparse.models import build_model, law_layers, sparsify, windows_everywhere
 
     try:
         model = build_model(pretrained=task.model, dtype=task.dtype).eval()
+        if not law_layers(model):
+            raise ValueError(windows_everywhere(model))
         sparsify(model, task.budget, block=task.block, tile=task.tile)
     except (ValueError, NotImplementedError) as error:
         raise BadArgument(f"--model {task.model}: {error}") from error

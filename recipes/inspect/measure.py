@@ -217,11 +217,11 @@ def _load(directory: Path, task: Task) -> tuple[Any, bool]:
     try:
         model: Any = build_model(pretrained=directory, dtype=task.dtype)
         own_law = getattr(model.config, CONFIG_KEY, None) is not None
-        sparsify(model, None if own_law else Budget.preset("balanced"))
         if not attention_layers(model):
             raise ValueError("the model has no attention layer")
         if not law_layers(model):
             raise ValueError(windows_everywhere(model))
+        sparsify(model, None if own_law else Budget.preset("balanced"))
         return model.eval().to(task.device), own_law
     except (ValueError, NotImplementedError, OSError) as error:
         what = str(error).removeprefix("model.pretrained: ")

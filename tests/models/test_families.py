@@ -137,15 +137,24 @@ def test_dense_attention_leaves_windows_alone(model, tokens):
 
 
 def test_cached_decoding(model, tokens):
-    """Prefill, a chunk and single tokens, past the window, whose cache drops what it leaves."""
+    """Prefill, a chunk and single tokens, past the window, whose cache drops what it leaves; with
+    padding on the left.
+    """
     ours = sparsify(copy.deepcopy(model), Budget.dense(), block=BLOCK, tile=TILE)
-    ids, cache, pieces = tokens(2, 40), None, []
-    with torch.no_grad():
-        for piece in ids.split((29, 9, 1, 1), 1):
-            step = ours(piece, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            pieces.append(step.logits)
-        close(torch.cat(pieces, 1), model(ids, use_cache=False).logits)
+    ids = tokens(2, 40)
+    for padding in (0, 11):
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
+        real, cache, pieces, seen = mask.bool(), None, [], 0
+        with torch.no_grad():
+            for piece in ids.split((29, 9, 1, 1), 1):
+                seen += piece.shape[1]
+                given = {"attention_mask": mask[:, :seen], "past_key_values": cache}
+                step = ours(piece, **given, use_cache=True)
+                cache = step.past_key_values
+                pieces.append(step.logits)
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+        close(torch.cat(pieces, 1)[real], expected[real])
 
 
 def test_the_readme_says_what_was_tested():

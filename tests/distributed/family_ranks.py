@@ -1,7 +1,8 @@
-"""Gradients of models with windows, soft caps and sinks, whose rows two gloo ranks share.
+"""Models of several families on two gloo ranks: they share a row, and they share the weights.
 
-`python sequence.py OUT` forks the ranks; rank 0 writes OUT, a torch file: model_type -> loss and
-gradients, of one process and of the ranks together.
+`python family_ranks.py OUT` forks the ranks. Rank 0 writes OUT, a torch file: ("rows", model_type)
+-> loss and gradients of one process and of the ranks together, ("weights", model_type) -> weights
+and buffers of the model that was saved and of the one that was loaded in shards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from lit_sparse import Budget
 from lit_sparse.distributed import Ranks
+from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.ulysses import attach, shard_sequence
 from lit_sparse.models import sparsify
 
@@ -26,7 +28,9 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from families import VARIANTS, build
 from forking import fork
 
-KINDS = ("gemma2", "gpt_oss")
+SHARING = ("gemma2", "gpt_oss")
+LOADED = ("gemma3_text", "gpt_oss")
+STAGE_3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 LENGTHS = (90, 38)
 
 
@@ -47,7 +51,7 @@ def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
-def compare(kind: str) -> dict[str, dict[str, torch.Tensor]]:
+def share_a_row(kind: str) -> dict[str, dict[str, torch.Tensor]]:
     changes = {"num_key_value_heads": 2}  # one a rank
     model = build(kind, **{**dict(VARIANTS)[kind], **changes})
     sparsify(model, Budget.fixed(40, sink=8, late=0.3), block=8, tile=8)
@@ -61,9 +65,29 @@ def compare(kind: str) -> dict[str, dict[str, torch.Tensor]]:
     return {"alone": alone, "shared": shared}
 
 
+def load_in_shards(kind: str, directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    model = build(kind, **dict(VARIANTS)[kind])
+    if os.environ["RANK"] == "0":
+        model.save_pretrained(directory)
+    torch.distributed.barrier()
+    loaded = load_pretrained(directory, STAGE_3)
+    parameters = dict(loaded.named_parameters())
+    assert all(p.numel() < p.ds_numel for p in parameters.values())
+    with deepspeed.zero.GatheredParameters(parameters.values()):
+        values = {name: p.detach().clone() for name, p in parameters.items()}
+    return {
+        "saved": {**dict(model.named_parameters()), **dict(model.named_buffers())},
+        "loaded": {**values, **dict(loaded.named_buffers())},
+    }
+
+
 def run() -> None:
+    # Kernels for inference, which it would compile now.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    found = {kind: compare(kind) for kind in KINDS}
+    found = {("rows", kind): share_a_row(kind) for kind in SHARING}
+    for kind in LOADED:
+        found["weights", kind] = load_in_shards(kind, Path(sys.argv[1]).with_name(kind))
     if os.environ["RANK"] == "0":
         torch.save(found, sys.argv[1])
 
