@@ -57,7 +57,8 @@ class Started(SparseLM):
         draw = torch.Generator().manual_seed(3)
         for name, weight in self.model.named_parameters():
             if ".lora_B." in name:
-                weight.data.copy_(0.3 * torch.randn(weight.shape, generator=draw))
+                noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32)
+                weight.data.copy_(0.3 * noise)
 
 
 class Watch(Callback):
