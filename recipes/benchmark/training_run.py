@@ -170,7 +170,7 @@ class StepBenchmark:
         if reason is None:
             _, reason = attempt(partial(self._warm_up, side, length, flops), self.clock)
             if reason is not None:
-                self._reset(side, reason)
+                self._stop(side, reason)
         if reason is not None:
             entry["skipped"][side.label] = reason
         return reason is None
@@ -183,7 +183,7 @@ class StepBenchmark:
         if whole:
             self._rates.setdefault(side.label, flops / seconds)
 
-    def _reset(self, side: Side, reason: str) -> None:
+    def _stop(self, side: Side, reason: str) -> None:
         # What does not fit or run here will not do so at a longer length.
         self._stopped[side.label] = reason
         self.training.optimizer.zero_grad()
@@ -203,7 +203,7 @@ class StepBenchmark:
                     continue
                 made, reason = attempt(partial(self._timed, side, row), self.clock)
                 if made is None:
-                    self._reset(side, str(reason))
+                    self._stop(side, str(reason))
                     entry["skipped"][side.label] = reason
                     del found[kind]
                     continue
