@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lit_sparse.recipes.benchmark import (
     generation,
     plot,
     selection,
+    training_report,
     tune,
 )
 from lit_sparse.recipes.benchmark.clock import Clock, cuda_environment
@@ -25,6 +27,7 @@ from lit_sparse.recipes.benchmark.options import (
     DEFAULT_SECONDS,
     DEFAULTS,
     PROGRAM,
+    STEP_DEFAULTS,
     at_least_one,
     attention_parser,
     budget,
@@ -32,6 +35,7 @@ from lit_sparse.recipes.benchmark.options import (
     data_parser,
     generation_parser,
     selection_parser,
+    step_parser,
     which,
 )
 from lit_sparse.recipes.benchmark.report import (
@@ -42,8 +46,11 @@ from lit_sparse.recipes.benchmark.report import (
     wrap,
     write_json,
 )
+from lit_sparse.recipes.benchmark.shapes import SHAPES
 from lit_sparse.recipes.benchmark.steps import Problem
+from lit_sparse.recipes.benchmark.training import Task
 from lit_sparse.recipes.benchmark.verify import WrongResult
+from lit_sparse.recipes.estimate.gpus import data_sheet
 
 Report = dict[str, Any]
 
@@ -79,9 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run_attention(options: argparse.Namespace, machine: Report) -> tuple[Report, list[str]]:
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    _fill_in(options, DEFAULTS[options.device])
     for name in ("heads", "kv_heads", "head_dim", "repeats"):
         at_least_one(name, getattr(options, name))
     for length in options.lengths:
@@ -172,6 +177,67 @@ def _title(options: argparse.Namespace, problem: Problem) -> str:
     )
 
 
+def _run_step(options: argparse.Namespace, machine: Report) -> tuple[Report, list[str]]:
+    # The estimate, whose counts of FLOPs it uses, and transformers take seconds to import.
+    from lit_sparse.recipes.benchmark.training_run import StepBenchmark
+
+    _fill_in(options, STEP_DEFAULTS[options.device])
+    shape = SHAPES[options.shape]
+    _fill_in(options, {"layers": shape.layers})
+    for name in ("layers", "repeats", "seconds"):
+        if getattr(options, name) is not None:
+            at_least_one(name, getattr(options, name))
+    for length in options.lengths:
+        at_least_one("lengths", length)
+    device = torch.device("cpu") if options.device == "cpu" else _cuda()
+    if device.type == "cuda":
+        machine.update(cuda_environment(device))
+    liger = options.liger
+    if liger is None:
+        liger = device.type == "cuda" and find_spec("liger_kernel") is not None
+    task = Task(
+        shape=shape.name,
+        layers=options.layers,
+        dtype=options.dtype,
+        budget=budget(options),
+        block=options.block,
+        tile=options.tile,
+        activations=options.activations,
+        loss="liger" if liger else "chunked",
+        liger_kernels=liger and not options.compile,
+        compile=options.compile,
+    )
+
+    def save(report: Report) -> None:
+        if options.json is not None:
+            write_json(options.json, {"what": "step", "machine": machine, **report})
+
+    try:
+        report = StepBenchmark(
+            task,
+            options.lengths,
+            device,
+            options.repeats,
+            data_sheet(machine.get("gpu", "")),
+            options.seconds,
+            options.memory,
+            save,
+            _progress,
+        ).run()
+    except (ValueError, NotImplementedError) as error:
+        raise BadArgument(str(error)) from error
+    title = training_report.title(task, report["parameters"], machine["device"])
+    lines = training_report.lines(report, title)
+    disturbed = attention.warning(report["results"], torch.get_num_threads())
+    return report, lines if disturbed is None else [*lines, *wrap(disturbed)]
+
+
+def _fill_in(options: argparse.Namespace, defaults: Report) -> None:
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def _run_selection(options: argparse.Namespace, _: Report) -> tuple[Report, list[str]]:
     for name in ("length", "documents", "rows"):
         at_least_one(name, getattr(options, name))
@@ -230,6 +296,7 @@ def _run_data(options: argparse.Namespace, _: Report) -> tuple[Report, list[str]
 Run = Callable[[argparse.Namespace, Report], tuple[Report, list[str]]]
 JOBS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Run]] = {
     "attention": (attention_parser, _run_attention),
+    "step": (step_parser, _run_step),
     "selection": (selection_parser, _run_selection),
     "generation": (generation_parser, _run_generation),
     "data": (data_parser, _run_data),

@@ -38,10 +38,18 @@ def peak_mib(problem: Problem, side: Literal["sparse", "dense"], threads: int) -
     None where it cannot be measured: a system without `/proc/self/clear_refs` and `getrusage`, or a
     process that the system ended, as it does when memory runs out.
     """
-    task = json.dumps({"problem": problem.to_dict(), "side": side, "threads": threads})
+    task = {"problem": problem.to_dict(), "side": side, "threads": threads}
+    return in_own_process(_MODULE, task)
+
+
+def in_own_process(module: str, task: dict[str, Any]) -> Any:
+    """What a module prints as JSON when it is run with a task, JSON too, as its argument.
+
+    None where the system ended it.
+    """
     paths = os.pathsep.join(path for path in sys.path if path)
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", _MODULE, task],
+        [sys.executable, "-W", "ignore", "-m", module, json.dumps(task)],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -62,12 +70,12 @@ def _measure(task: dict[str, Any]) -> float | None:
     short = replace(problem, length=min(problem.length, _WARM_UP))
     _step(short, task["side"])()
     step = _step(problem, task["side"])
-    _give_back()
-    used = _reset_mark()
+    give_back()
+    used = reset_mark()
     if used is None:
         return None
     step()
-    mark = _high_water_mark()
+    mark = high_water_mark()
     return None if mark is None else max(mark - used, 0) / 2**20
 
 
@@ -80,23 +88,24 @@ def _step(problem: Problem, side: str) -> Callable[[], object]:
     return lambda: dense_step(dense)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Have the C allocator return free pages, so that the step has to ask for its own."""
     # Where the allocator is not glibc's, what it holds goes uncounted.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_mark() -> int | None:
+def reset_mark() -> int | None:
     """Bytes in use, with the high-water mark set back to them where the system lets us."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _high_water_mark()  # the mark itself: a peak before the step hides part of the step
+        return high_water_mark()  # the mark itself: a peak before the step hides part of the step
     return _status("VmRSS")
 
 
-def _high_water_mark() -> int | None:
+def high_water_mark() -> int | None:
+    """Bytes that were in use at most since `reset_mark`."""
     mark = _status("VmHWM")
     if mark is not None:
         return mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
@@ -15,12 +15,15 @@ from lit_sparse.data.stores.workers import usable_cores
 from lit_sparse.recipes.benchmark import cuda
 from lit_sparse.recipes.benchmark.clock import MOST_RUNS
 from lit_sparse.recipes.benchmark.report import BadArgument
+from lit_sparse.recipes.benchmark.shapes import SHAPES
 from lit_sparse.recipes.benchmark.steps import DTYPES
+from lit_sparse.training.activations import Activations
 
 PROGRAM = "lit-sparse benchmark"
 
 DESCRIPTIONS = {
     "attention": "Time sparse attention, selection included, against dense attention.",
+    "step": "Time a full training step of a model, with sparse and with dense attention.",
     "selection": "Measure how much attention mass each selection rule misses in a model.",
     "generation": "Measure what a trained model loses densely and in cached decoding.",
     "data": "Time tokenising, the row index and the loader, and measure their memory.",
@@ -45,6 +48,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+STEP_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "shape": "small",
+        "lengths": [4096, 8192, 16384],
+        "dtype": "float32",
+        "repeats": 3,
+        "activations": "keep",
+    },
+    "cuda": {
+        "shape": "llama3.2-1b",
+        "lengths": [8192, 32768, 131072],
+        "dtype": "bfloat16",
+        "repeats": 5,
+        "activations": "recompute",
+    },
+}
+
 DEFAULT_SECONDS = 330
 """What the benchmark on CUDA may take."""
 
@@ -57,12 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def attention_parser() -> _Parser:
     parser = _parser("attention", alpha=16.0, exponent=0.5, floor=0, block=64)
     add = parser.add_argument
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run (default: %(default)s)",
-    )
+    _add_device(parser)
     kinds: dict[str, tuple[Callable[[str], Any], str]] = {
         "lengths": (_integers, "context lengths, tokens, with commas"),
         "heads": (int, "query heads"),
@@ -90,6 +105,49 @@ def attention_parser() -> _Parser:
         help="instead: time alternatives to the kernels' launch table at the first length (CUDA)",
     )
     add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
+    return parser
+
+
+def step_parser() -> _Parser:
+    parser = _parser("step", alpha=16.0, exponent=0.5, floor=0, block=64)
+    add = parser.add_argument
+    _add_device(parser)
+    add("--shape", choices=SHAPES, help=f"the model ({_defaults('shape', STEP_DEFAULTS)})")
+    wholes = ", ".join(f"{name} {shape.layers}" for name, shape in SHAPES.items())
+    add("--layers", type=int, metavar="N", help=f"layers of it (default: {wholes})")
+    add(
+        "--lengths",
+        type=_integers,
+        metavar="N",
+        help="tokens of a row, which is one document, with commas "
+        f"({_defaults('lengths', STEP_DEFAULTS)})",
+    )
+    add(
+        "--activations",
+        choices=get_args(Activations),
+        help="what layers keep for their backward, on both sides "
+        f"({_defaults('activations', STEP_DEFAULTS)})",
+    )
+    add(
+        "--liger",
+        action=argparse.BooleanOptionalAction,
+        help="Liger's loss and kernels instead of the chunked loss (default: on CUDA where it is "
+        "installed)",
+    )
+    add("--compile", action="store_true", help="compile the layers (model.compile)")
+    add(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help=f"timed steps of each side, after a warm-up ({_defaults('repeats', STEP_DEFAULTS)})",
+    )
+    add(
+        "--seconds",
+        type=int,
+        metavar="N",
+        help="fewer repeats, then no dense attention, where they would take the run past this",
+    )
+    add("--no-memory", dest="memory", action="store_false", help="no peak memory on a CPU")
     return parser
 
 
@@ -148,8 +206,17 @@ def data_parser() -> _Parser:
     return parser
 
 
-def _defaults(name: str) -> str:
-    on = {device: values[name.replace("-", "_")] for device, values in DEFAULTS.items()}
+def _add_device(parser: _Parser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to run (default: %(default)s)",
+    )
+
+
+def _defaults(name: str, by_device: dict[str, dict[str, Any]] = DEFAULTS) -> str:
+    on = {device: values[name.replace("-", "_")] for device, values in by_device.items()}
     texts = {
         device: ",".join(map(str, value)) if isinstance(value, list) else str(value)
         for device, value in on.items()
@@ -184,7 +251,7 @@ def _parser(what: str, **law: Any) -> _Parser:
         )
     add = parser.add_argument
     add("--tile", type=int, help="queries of a tile (default: by query heads a key-value head)")
-    dtype = _defaults("dtype") if what == "attention" else "default: float32"
+    dtype = "default: float32" if what == "selection" else _defaults("dtype")
     add("--dtype", choices=DTYPES, help=f"({dtype})")
     return parser
 

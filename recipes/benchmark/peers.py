@@ -23,6 +23,9 @@ from lit_sparse.recipes.benchmark.steps import Problem
 NSA_GROUP = 16
 """Query heads that fla's NSA kernels want for each key-value head: a power of two from here on."""
 
+OUT_OF_MEMORY = "out of memory"
+"""The reason that `attempt` gives for it."""
+
 Result = TypeVar("Result")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Parts = dict[str, Part]
@@ -69,7 +72,7 @@ def attempt(
     try:
         return action(), None
     except torch.OutOfMemoryError:
-        reason = "out of memory"
+        reason = OUT_OF_MEMORY
     except torch.AcceleratorError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -37,3 +38,13 @@ GPUS = {
 }
 """From NVIDIA's data sheets (H100 SXM, H200 SXM, A100 SXM, L40S), the HGX B200 specification (a GPU
 of the eight; half of the rate with sparsity) and the Ada architecture white paper (RTX 4090)."""
+
+
+def data_sheet(device: str) -> Gpu | None:
+    """The GPU by the name that its driver gives it, e.g. "NVIDIA H100 80GB HBM3"; None for one that
+    is not in `GPUS`. PCIe, NVL and laptop boards are not: they run at lower rates.
+    """
+    words = set(re.split(r"[ -]", device))
+    if words & {"PCIe", "NVL", "Laptop"}:
+        return None
+    return next((gpu for gpu in GPUS.values() if words >= set(gpu.name.split())), None)

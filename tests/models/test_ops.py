@@ -1,12 +1,14 @@
 """`lit_sparse::attention`: PyTorch's own checks of an operator, gradients, lifetime."""
 
+import pickle
+
 import pytest
 import torch
 
 from lit_sparse.budget import Budget
-from lit_sparse.models import Law
+from lit_sparse.models import Law, state
 from lit_sparse.models.ops import attention
-from lit_sparse.models.state import LayerState, ModelState
+from lit_sparse.models.state import LayerState, ModelState, read_law
 
 
 @pytest.fixture
@@ -121,3 +123,9 @@ def test_backward_outlives_the_model(arguments, model):
     del ModelState.numbered[int(model.number)]
     out.backward()
     assert torch.equal(args[0].grad, expected)
+
+
+def test_a_law_goes_along_to_another_process(model, monkeypatch):
+    stored = pickle.dumps(LayerState(0, "self_attn", model))
+    monkeypatch.setattr(state, "_laws", [])
+    assert read_law(pickle.loads(stored).law) == model.law

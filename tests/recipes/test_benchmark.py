@@ -194,13 +194,13 @@ def test_bad_arguments_are_one_line_and_code_2(arguments, says, capsys):
     assert says in printed.err
 
 
-@pytest.mark.parametrize("what", ["attention", "selection"])
+@pytest.mark.parametrize("what", ["attention", "step", "selection"])
 def test_help_names_the_options(what, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--what", what, "--help"])
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    other = {"attention": "selection", "selection": "attention"}[what]
+    other = "selection" if what == "attention" else "attention"
     assert f"--what {other} --help" in printed
     assert "--exponent" in printed
 
