@@ -68,7 +68,8 @@ def attend_whole(
     Raises:
         NotImplementedError: a feature of the layer that the operator lacks; layer and feature are
             named.
-        ValueError: no `sparsify`, or another window than then.
+        ValueError: no `sparsify`, another window than then, or a context longer than a window that
+            was no limit then.
     """
     state = layer_state(module)
     if state is None:
@@ -79,10 +80,7 @@ def attend_whole(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     _refuse_unsupported(state, dropout, causal)
     if sliding_window != state.window:
-        raise ValueError(
-            f"{state.name} has a sliding window of {sliding_window} keys, but had {state.window} "
-            "when the model was made sparse: call sparsify again"
-        )
+        _check_window(state, sliding_window, key.shape[2])
 
     # Under autocast RoPE leaves queries and keys in float32 while values are in half precision.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
@@ -92,7 +90,7 @@ def attend_whole(
     if torch.compiler.is_compiling():
         tensors = [torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources]
         asking = (state.number, model.number, state.law)
-        constants = (scale, sliding_window, softcap, model.backend)
+        constants = (scale, state.window, softcap, model.backend)
         return ops.attention(q, k, v, s_aux, *tensors, *asking, *constants)[0], None
     documents = ops.find(model, state.layer, q, k, sources)
     out, _, _ = ops.attend(
@@ -101,7 +99,7 @@ def attend_whole(
         v,
         s_aux,
         documents,
-        Options(scale, sliding_window, softcap),
+        Options(scale, state.window, softcap),
         read_law(state.law),
         model.backend,
         state.layer,
@@ -146,6 +144,21 @@ def padding_mask(
     if whole and not compiling and attention_mask.all():
         return None
     return attention_mask
+
+
+def _check_window(state: LayerState, window: int | None, context: int) -> None:
+    if state.window is None and window is not None:
+        if context <= window:  # all that there is
+            return
+        raise ValueError(
+            f"{state.name} has a sliding window of {window} keys, which was no limit when the "
+            f"model was made sparse, and now there are {context}: load the model with "
+            "sliding_window=None (null in its config.json), or train on shorter rows"
+        )
+    raise ValueError(
+        f"{state.name} has a sliding window of {window} keys, but had {state.window} when the "
+        "model was made sparse: call sparsify again"
+    )
 
 
 def _refuse_unsupported(state: LayerState, dropout: float, causal: bool) -> None:

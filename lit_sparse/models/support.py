@@ -65,14 +65,16 @@ def law_layers(model: nn.Module) -> list[int]:
 
 def window_of(model: nn.Module, layer: int) -> int | None:
     """How many of the nearest keys a layer of a supported model sees, its own included; None for a
-    layer without such a window.
+    layer without such a window, or whose window is no shorter than the context that the model
+    claims (Phi-3 for 128k).
     """
     config = cast(Any, model).config
     types = getattr(config, "layer_types", None)
     if types and types[layer] != "sliding_attention":
         return None
     # Mistral, Mixtral, Phi-3 and Qwen3-MoE have one window for all layers and no types.
-    return getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
+    return None if window is None or window >= config.max_position_embeddings else window
 
 
 def windows_everywhere(model: nn.Module) -> str:

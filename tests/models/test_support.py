@@ -69,6 +69,18 @@ def test_windows_in_some_layers(tiny, qwen, recwarn):
     assert not recwarn.list
 
 
+def test_a_window_as_long_as_the_context_is_none(tiny, tokens):
+    """Phi-3 for 128k: its layers obey the law, up to the length where their window would cut."""
+    model = tiny("phi3", sliding_window=64, max_position_embeddings=64)
+    ids = tokens(1, 65)
+    expected = model(ids[:, :64]).logits
+    sparsify(model, Budget.dense())
+    assert law_layers(model) == [0, 1]
+    torch.testing.assert_close(model(ids[:, :64]).logits, expected)
+    with pytest.raises(ValueError, match=r"window of 64 keys, which was no limit .* there are 65"):
+        model(ids)
+
+
 def test_layers_that_see_later_tokens(tiny):
     model = tiny(
         "gemma3_text", use_bidirectional_attention=True, layer_types=["full_attention"] * 2
