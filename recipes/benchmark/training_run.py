@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,10 @@ from lit_sparse.recipes.estimate.model import read_model
 from lit_sparse.recipes.estimate.step import Recipe
 
 Report = dict[str, Any]
+Result = TypeVar("Result")
+
+TRIAL = {"cpu": 4096, "cuda": 32_768}
+"""Tokens at which dense sides are tried, at most."""
 
 
 class StepBenchmark:
@@ -144,50 +148,67 @@ class StepBenchmark:
 
     def _faster_dense(self, length: int, flops: float, entry: Report) -> Side | None:
         """The dense side that runs: the fastest, or where one step takes long, that of the length
-        before.
+        before. None: none can.
         """
-        found = dense_sides(self.device, self.task.compile)
+        found = [s for s in dense_sides(self.device, self.task.compile) if self._runs(s, entry)]
         known = [side for side in found if side.label in self._rates]
-        if known:
-            best = max(known, key=lambda side: self._rates[side.label])
-            if flops / self._rates[best.label] > SLOW_SECONDS:
-                found = [best]
-        ready = [side for side in found if self._ready(side, length, flops, entry)]
-        if len(ready) > 1:
-            row = self.training.row(length)
-            for side in ready:
-                self._rates[side.label] = flops / self._timed(side, row)[0]
-        return max(ready, key=lambda side: self._rates.get(side.label, 0.0), default=None)
+        best = max(known, key=lambda side: self._rates[side.label], default=None)
+        if best is None or flops / self._rates[best.label] < SLOW_SECONDS:
+            # Compiled layers would be compiled again for another length.
+            trial = length if self.task.compile else min(length, TRIAL[self.device.type])
+            tried = [side for side in found if self._try(side, trial, entry)]
+            best = max(tried, key=lambda side: self._rates[side.label], default=None)
+        return best if best and self._ready(best, length, flops, entry) else None
+
+    def _try(self, side: Side, length: int, entry: Report) -> bool:
+        """Learns how fast a dense side is."""
+        row = self.training.row(length)
+
+        def second() -> float:
+            self._timed(side, row)
+            return self._timed(side, row)[0]
+
+        seconds = self._attempt(second, side, entry)
+        if seconds is not None:
+            self._rates[side.label] = self.work(length).dense / seconds
+        return seconds is not None
 
     def _ready(self, side: Side, length: int, flops: float, entry: Report) -> bool:
-        """Runs a side once, untimed, and notes where it cannot."""
-        reason = self._stopped.get(side.label)
-        if reason is None and side.label in self._rates and self.seconds is not None:
+        """Runs a side once, untimed, where it can and there is time."""
+        if not self._runs(side, entry):
+            return False
+        if side.label in self._rates and self.seconds is not None:
             # The step that warms up and one that counts.
             needed = 2 * flops / self._rates[side.label]
             if needed > self.seconds - self._elapsed():
                 reason = f"no time for it within --seconds {self.seconds:.0f}"
-        if reason is None:
-            _, reason = attempt(partial(self._warm_up, side, length, flops), self.clock)
-            if reason is not None:
-                self._stop(side, reason)
-        if reason is not None:
-            entry["skipped"][side.label] = reason
-        return reason is None
-
-    def _warm_up(self, side: Side, length: int, flops: float) -> None:
+                entry["skipped"][side.label] = reason
+                return False
         # On a CPU nothing compiles or tunes itself for a length, and long steps take minutes.
         whole = self.device.type == "cuda" or self.task.compile
         row = self.training.row(length if whole else min(length, WARM_UP))
-        seconds, _ = self._timed(side, row)
-        if whole:
-            self._rates.setdefault(side.label, flops / seconds)
+        made = self._attempt(partial(self._timed, side, row), side, entry)
+        if made is not None and whole:
+            self._rates.setdefault(side.label, flops / made[0])
+        return made is not None
 
-    def _stop(self, side: Side, reason: str) -> None:
-        # What does not fit or run here will not do so at a longer length.
-        self._stopped[side.label] = reason
-        self.training.optimizer.zero_grad()
-        self.clock.free()
+    def _runs(self, side: Side, entry: Report) -> bool:
+        """Whether nothing stopped it at a shorter length."""
+        if side.label in self._stopped:
+            entry["skipped"][side.label] = self._stopped[side.label]
+        return side.label not in self._stopped
+
+    def _attempt(self, action: Callable[[], Result], side: Side, entry: Report) -> Result | None:
+        """What an action of a side returns, or None where it fails; that is noted."""
+        # Of sparse attention want of memory alone may pass.
+        made, reason = attempt(action, self.clock, only_memory=side is SPARSE)
+        if reason is not None:
+            entry["skipped"][side.label] = reason
+            # What does not fit or run here will not do so at a longer length.
+            self._stopped[side.label] = reason
+            self.training.optimizer.zero_grad()
+            self.clock.free()
+        return made
 
     def _take_turns(
         self, sides: dict[str, Side], length: int, flops: dict[str, float], entry: Report
@@ -201,10 +222,8 @@ class StepBenchmark:
             for kind, side in sides.items():
                 if kind not in found:
                     continue
-                made, reason = attempt(partial(self._timed, side, row), self.clock)
+                made = self._attempt(partial(self._timed, side, row), side, entry)
                 if made is None:
-                    self._stop(side, str(reason))
-                    entry["skipped"][side.label] = reason
                     del found[kind]
                     continue
                 found[kind]["runs_s"].append(made[0])
