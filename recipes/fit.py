@@ -68,6 +68,7 @@ class SparseCLI(LightningCLI):
             }
         )
         parser.link_arguments("sparse_attention.block", "data.block")
+        parser.link_arguments("model.pretrained", "data.pretrained")
         parser.link_arguments(
             "curriculum", "data.curriculum", compute_fn=_stages, apply_on="instantiate"
         )

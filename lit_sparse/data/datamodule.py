@@ -54,8 +54,8 @@ class PackedTextDataModule(LightningDataModule):
     Args:
         path: a store of `lit-sparse pack`, "stdlib" (Python's own source), a folder or file that
             `lit-sparse pack` reads, or several of them with their shares of the tokens.
-        tokenizer: "bytes", a local Hugging Face directory, or None for the store's own (bytes for a
-            corpus that is not packed yet).
+        tokenizer: "bytes", a local Hugging Face directory, or None for the store's own (for a
+            corpus that is not packed yet that of `pretrained`, else bytes).
         row_tokens: tokens of a row, at least the curriculum's longest stage.
         rows_per_step: rows of an optimizer step over all ranks, a multiple of their number.
         packing: "best_fit" places pieces whole and fills what stays free; "concat" cuts them where
@@ -74,6 +74,8 @@ class PackedTextDataModule(LightningDataModule):
             cache folder.
         curriculum: the stages of the run.
         block: keys of an attention block, to check stage lengths against; None checks nothing.
+        pretrained: directory of the model that is fine-tuned, whose tokenizer the stores have to
+            go with, see `lit_sparse.data.corpora.choose_tokenizer`; None for a new model.
 
     Raises:
         ValueError: a value is out of its range; the message names its key.
@@ -99,6 +101,7 @@ class PackedTextDataModule(LightningDataModule):
         cache_dir: str | None = None,
         curriculum: Curriculum | None = None,
         block: int | None = None,
+        pretrained: str | None = None,
     ) -> None:
         super().__init__()
 
@@ -120,6 +123,7 @@ class PackedTextDataModule(LightningDataModule):
         require(seed >= 0, "seed", ">= 0", seed)
         require(num_workers >= 0, "num_workers", ">= 0", num_workers)
         self.path, self.tokenizer, self.text_field = path, tokenizer, text_field
+        self.pretrained = pretrained
         self.packing = Packing(
             row_tokens=row_tokens,
             rows_per_step=rows_per_step,
@@ -152,7 +156,7 @@ class PackedTextDataModule(LightningDataModule):
     @cached_property
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer object, loaded when first asked for: it needs no `setup`."""
-        return choose_tokenizer(self.path, self.tokenizer)
+        return choose_tokenizer(self.path, self.tokenizer, self.pretrained)
 
     @property
     def vocab_size(self) -> int:

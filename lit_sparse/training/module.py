@@ -21,7 +21,7 @@ from lit_sparse.distributed.gradients import (
 )
 from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.weights import whole_shape
-from lit_sparse.models import build_model, check_source
+from lit_sparse.models import build_model, check_source, model_config
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
@@ -43,8 +43,10 @@ class SparseLM(LightningModule):
     pretrained one is checked at the start, and loaded by `configure_model`: under ZeRO 3 in shards.
 
     Args:
-        pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
-        architecture: transformers config of a new model: `model_type` and its keys.
+        pretrained: local Hugging Face directory to fine-tune; None: a new model.
+        architecture: transformers config of a new model: `model_type` and its keys. Beside
+            `pretrained` it is what the directory has to hold, see
+            `lit_sparse.models.build.model_config`.
         learning_rate: peak of the schedule, where the curriculum's stage sets none.
         min_learning_rate: end of the cosine, as a share of the peak.
         warmup_steps: optimizer steps of linear warm-up.
@@ -57,6 +59,8 @@ class SparseLM(LightningModule):
         loss: how the logits of a whole row are avoided: "chunked", "tiled" (DeepSpeed) or "liger".
         loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
         liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
+        trust_remote_code: run Python code that the directory of `pretrained` brings for a model
+            that transformers does not know, with all rights of this process.
     """
 
     applies_stage_learning_rates = True
@@ -79,6 +83,7 @@ class SparseLM(LightningModule):
         loss: Loss = "chunked",
         loss_chunk: int = 1024,
         liger_kernels: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -90,7 +95,7 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
-        check_source(pretrained, architecture)
+        check_source(pretrained, architecture, trust_remote_code)
         check_loss(loss)
         self.save_hyperparameters()
         self.model: Any = None
@@ -107,11 +112,13 @@ class SparseLM(LightningModule):
         if self.model is not None:
             return
         options = self.hparams
+        source = options["pretrained"], options["architecture"]
+        trusted = options["trust_remote_code"]
         strategy: Any = self._trainer.strategy if self._trainer else None
-        if options["pretrained"] is not None and getattr(strategy, "zero_stage_3", False):
-            model = load_pretrained(options["pretrained"], strategy.config)
+        if source[0] is not None and getattr(strategy, "zero_stage_3", False):
+            model = load_pretrained(source[0], strategy.config, trusted)
         else:
-            model = build_model(options["pretrained"], options["architecture"])
+            model = build_model(*source, trust_remote_code=trusted)
         model.train()  # transformers loads for inference, where all activations are kept
         if options["liger_kernels"]:
             use_liger_kernels(model)
@@ -120,19 +127,30 @@ class SparseLM(LightningModule):
         set_activations(model, options["activations"])
         self.model = model
 
+    @property
+    def model_config(self) -> Any:
+        """The transformers config of `model`, also before that is loaded."""
+        if self.model is not None:
+            return self.model.config
+        names = ("pretrained", "architecture", "trust_remote_code")
+        return model_config(*(self.hparams[name] for name in names))
+
+    def setup(self, stage: str) -> None:
+        # Lightning calls this before weights are read.
+        tokens = getattr(self._datamodule, "vocab_size", None)
+        embeddings = self.model_config.get_text_config().vocab_size
+        if tokens is not None and tokens > embeddings:
+            raise ValueError(
+                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
+                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
+            )
+
     def on_fit_start(self) -> None:
         check_strategy(self.trainer)
         if self.hparams["tiled_mlp"] is not None:
             check_tiling(self.trainer, "model.tiled_mlp")
         if self.hparams["loss"] == "tiled":
             check_tiling(self.trainer, "model.loss: tiled")
-        tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
-        if tokens is not None and tokens > embeddings:
-            raise ValueError(
-                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
-                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
-            )
 
     @property
     def _datamodule(self) -> Any:
