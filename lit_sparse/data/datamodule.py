@@ -270,7 +270,7 @@ class PackedTextDataModule(LightningDataModule):
                 f"the {world} ranks; raise data.validation_fraction, data.validation_rows or both"
             )
         if self.trainer is not None and stage in (None, "fit"):
-            self._adjust(self.trainer, curriculum, self.rows_per_step // world)
+            self.adjust(self.trainer, world)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Rows from the trainer's global step (without one, `start_step`) to the run's end."""
@@ -345,8 +345,14 @@ class PackedTextDataModule(LightningDataModule):
                 "ranks already, and a second division would train on some of them only"
             )
 
-    def _adjust(self, trainer: Any, curriculum: Curriculum, accumulate: int) -> None:
-        trainer.accumulate_grad_batches = accumulate
+    def adjust(self, trainer: Any, world: int) -> None:
+        """Set a trainer's accumulation, on so many data-parallel ranks, and its end.
+
+        Raises:
+            ValueError: it would train on other rows than those of the curriculum's steps.
+        """
+        curriculum = self._curriculum()
+        trainer.accumulate_grad_batches = self.rows_per_step // world
         if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
             raise ValueError(
                 f"trainer.limit_train_batches = {trainer.limit_train_batches} (or overfit_batches) "

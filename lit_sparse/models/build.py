@@ -181,9 +181,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _load(
-    directory: str | Path, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
+def _load(directory: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     # Lightning's configure_model may run inside of the context of a device; transformers would then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -104,7 +105,11 @@ def read_settings(argv: list[str], gpus: int | None) -> Settings:
         ValueError, NotImplementedError: what fit would refuse, as far as that shows without data,
             weights and GPUs; a strategy that is not known here.
     """
-    config = _parse(argv)
+    return settings_of(_Parsed(["fit", *argv]).config["fit"], gpus)
+
+
+def settings_of(config: Namespace, gpus: int | None = None) -> Settings:
+    """See `read_settings`; of a config that is parsed."""
     attention, curriculum = _callbacks(config)
     data = PackedTextDataModule(**config.data.as_dict(), curriculum=curriculum)
     curriculum.check(row_tokens=data.row_tokens, block=attention.block)
@@ -141,8 +146,16 @@ def read_settings(argv: list[str], gpus: int | None) -> Settings:
     )
 
 
-class _Parsed(SparseCLI):
-    """Checks every key of a config, and builds nothing."""
+class QuietCLI(SparseCLI):
+    """Raises what is wrong with a config, where the command line exits; trains nothing."""
+
+    def __init__(self, argv: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            try:
+                super().__init__(argv)
+            except argparse.ArgumentError as error:
+                raise ValueError(str(error)) from error
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         parser = super().init_parser(**options)
@@ -151,20 +164,15 @@ class _Parsed(SparseCLI):
 
     def _set_seed(self) -> None: ...
 
-    def before_instantiate_classes(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def _parse(argv: list[str]) -> Namespace:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-        try:
-            return _Parsed(["fit", *argv]).config["fit"]
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error)) from error
+class _Parsed(QuietCLI):
+    """Checks every key of a config, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
 
 
 def _callbacks(config: Namespace) -> tuple[SparseAttention, Curriculum]:
@@ -195,6 +203,7 @@ def _strategy(strategy: Any, named: int | None, at_hand: int) -> tuple[Sharding 
     if name in ("DeepSpeedSparseStrategy", "deepspeed_sparse"):
         stage, sequence = given.get("stage", 2), given.get("sequence_parallel", 1)
         offloads = [given.get(key) for key in ("offload_optimizer", "offload_parameters")]
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to guess
         # NVMe is for the machine that trains to have; its bytes are counted like CPU memory.
         optimizer, parameters = ("cpu" if device == "nvme" else device for device in offloads)
         checked = deepspeed_config(stage, optimizer, parameters, None, given.get("config"))
