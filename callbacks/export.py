@@ -1,4 +1,4 @@
-"""Leaves a Hugging Face directory behind when training ends."""
+"""Leaves a Hugging Face directory behind when training ends; of adapters, a second one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models import named_models
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
+from lit_sparse.models.lora import adapted
+from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,22 +29,30 @@ class HuggingFaceExport(Callback):
     sharded (ZeRO 3) are gathered one by one and written file by file: rank 0 never has the whole
     model. A module of several models gets a folder for each, by the name of its attribute.
 
+    Adapters (LoRA) are merged into the weights, and besides written alone, as
+    `peft.PeftModel.from_pretrained` loads them.
+
     Args:
         directory: where to; relative to the trainer's log directory. A model that is there is
             replaced.
+        adapter_directory: the same for adapters alone.
     """
 
-    def __init__(self, directory: str = "huggingface") -> None:
-        self.directory = directory
+    def __init__(self, directory: str = "huggingface", adapter_directory: str = "adapter") -> None:
+        self.directory, self.adapter_directory = directory, adapter_directory
         self._written = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = False
-        for _, place in self._places(trainer, pl_module):
+        for model, place, adapter_place in self._places(trainer, pl_module):
+            key = "directory"
             try:
                 check_replaceable(place)
+                key = "adapter_directory"
+                if adapted(model) is not None:
+                    check_adapter_replaceable(adapter_place)
             except ValueError as error:
-                raise ValueError(f"HuggingFaceExport.directory: {error}") from None
+                raise ValueError(f"HuggingFaceExport.{key}: {error}") from None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The strategy still holds the shards: it is torn down before on_fit_end.
@@ -55,21 +65,26 @@ class HuggingFaceExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        for model, place in self._places(trainer, pl_module):
-            _write(trainer, model, place)
+        for model, place, adapter_place in self._places(trainer, pl_module):
+            _write(trainer, model, place, adapter_place)
             rank_zero_info(f"Hugging Face directory: {place}")
+            if adapted(model) is not None:
+                rank_zero_info(f"adapters alone: {adapter_place}")
         self._written = True
 
     def _places(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> list[tuple[PreTrainedModel, Path]]:
-        target = Path(trainer.log_dir or trainer.default_root_dir) / self.directory
+    ) -> list[tuple[PreTrainedModel, Path, Path]]:
+        """Each model, and where to write it and its adapters."""
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        target, adapter = run / self.directory, run / self.adapter_directory
         if len(models := transformers_models(pl_module)) == 1:
-            return [(models[0], target)]
-        return [(model, target / path) for path, model in named_models(pl_module).items()]
+            return [(models[0], target, adapter)]
+        named = named_models(pl_module)
+        return [(model, target / path, adapter / path) for path, model in named.items()]
 
 
-def _write(trainer: Trainer, model: PreTrainedModel, directory: Path) -> None:
+def _write(trainer: Trainer, model: PreTrainedModel, directory: Path, adapter: Path) -> None:
     writes = trainer.is_global_zero
     tensors = stored_tensors(model)
     weights = {
@@ -91,11 +106,15 @@ def _write(trainer: Trainer, model: PreTrainedModel, directory: Path) -> None:
                 "the directory from a checkpoint"
             ) from failure
 
+    def read(name: str) -> torch.Tensor | None:
+        return whole_tensor(tensors[name], writes)
+
     write_model(
         model,
         directory,
-        weights,
-        lambda name: whole_tensor(tensors[name], writes),
+        *merged_weights(model, weights, read),
         tokenizer=getattr(datamodule_of(trainer), "text_tokenizer", None),
         on_disk=on_disk,
     )
+    if adapted(model) is not None:
+        write_adapter(model, adapter, weights, read, on_disk=on_disk)

@@ -3,6 +3,9 @@
 SOURCE is a checkpoint, or a run directory, whose newest whole checkpoint is taken. One process
 does it, without a GPU. The result loads in plain transformers as an ordinary dense model, and
 lit_sparse.sparsify(model) makes it the sparse one.
+
+Adapters (model.lora) are merged into the weights that they were trained on, read from where those
+were; --adapter writes them alone, for peft.
 """
 
 from __future__ import annotations
@@ -10,9 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -20,14 +22,13 @@ import yaml
 from lit_sparse.data.corpora import choose_tokenizer, paths_of
 from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed.checkpoint import RUN
-from lit_sparse.distributed.stored_weights import StoredTensor, checkpoint_weights
+from lit_sparse.distributed.stored_weights import checkpoint_weights
 from lit_sparse.models import pretrained_generation
-from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
+from lit_sparse.models.export import check_replaceable, write_model
+from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
 from lit_sparse.recipes.run_directory import CONFIG
+from lit_sparse.recipes.trained_model import TrainedModel
 from lit_sparse.training.checkpoint import checkpoint_step, checkpoints, damage, newest_whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,6 +66,16 @@ def _parser() -> argparse.ArgumentParser:
         "the float32 weights of the optimizer)",
     )
     parser.add_argument(
+        "--adapter", action="store_true", help="write the adapters alone, in the format of peft"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="where the weights that the adapters were trained on are now (default: where they "
+        "were then)",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there already"
     )
     return parser
@@ -79,30 +90,49 @@ def _export(options: argparse.Namespace) -> None:
     configs: dict[str, dict[str, Any]] = state["lit_sparse"]["models"]
     places = {name: options.out if len(configs) == 1 else options.out / name for name in configs}
     for place in places.values():
-        _check_out(place, options.overwrite)
+        _check_out(place, options.overwrite, options.adapter)
+    adapters: dict[str, dict[str, Any]] = state["lit_sparse"].get("adapters") or {}
+    for option in ("adapter", "base"):
+        if getattr(options, option) and adapters.keys() != configs.keys():
+            raise ValueError(
+                f"--{option}: {checkpoint} is of a run without model.lora, and has all weights of "
+                f"its model: leave --{option} out"
+            )
     weights = checkpoint_weights(checkpoint) if checkpoint.is_dir() else state["state_dict"]
-    models = {
-        name: _Trained(checkpoint, name, config, weights, dtype) for name, config in configs.items()
-    }
-    tokenizer = _tokenizer(checkpoint)
-    pretrained = (state.get("hyper_parameters") or {}).get("pretrained")
+    models = {}
+    for name, config in configs.items():
+        models[name] = trained = TrainedModel(checkpoint, name, config, weights, dtype)
+        if name in adapters:
+            trained.add_adapters(adapters[name], options.base)
+        if not options.adapter:
+            trained.check()
+    tokenizer = None if options.adapter else _tokenizer(checkpoint)
+    pretrained = options.base or (state.get("hyper_parameters") or {}).get("pretrained")
     for name, trained in models.items():
         model = trained.model
+        if options.adapter:
+            tensors = {key: x.to(dtype or x.dtype) for key, x in trained.tensors.items()}
+            write_adapter(model, places[name], tensors, trained.read)
+            rank = adapters[name]["lora"]["rank"]
+            print(f"{places[name]}: adapters of rank {rank} after {state['global_step']} steps")
+            continue
         if pretrained and (generation := pretrained_generation(pretrained)) is not None:
             model.generation_config = generation
-        write_model(model, places[name], trained.tensors, trained.read, tokenizer=tokenizer)
-        size = sum(tensor.numel() for tensor in trained.tensors.values())
+        merged, read = merged_weights(model, trained.tensors, trained.read, trained.dtype)
+        write_model(model, places[name], merged, read, tokenizer=tokenizer)
+        size = sum(tensor.numel() for tensor in merged.values())
         print(
             f"{places[name]}: {type(model).__name__} after {state['global_step']} steps, "
-            f"{size:,} parameters in {str(model.dtype).removeprefix('torch.')}"
+            f"{size:,} parameters in {str(trained.dtype).removeprefix('torch.')}"
         )
 
 
-def _check_out(place: Path, overwrite: bool) -> None:
+def _check_out(place: Path, overwrite: bool, adapter: bool) -> None:
+    what = "an adapter" if adapter else "a model"
     if place.exists() and not overwrite:
-        raise ValueError(f"--out: {place} is there already; --overwrite replaces a model")
+        raise ValueError(f"--out: {place} is there already; --overwrite replaces {what}")
     try:
-        check_replaceable(place)
+        check_adapter_replaceable(place) if adapter else check_replaceable(place)
     except ValueError as error:
         raise ValueError(f"--out: {error}") from None
 
@@ -138,47 +168,6 @@ def _state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} does not say which models it holds: it was not written by RunCheckpoint"
         )
     return state
-
-
-class _Trained:
-    """A model of a checkpoint: without memory, and what reads its weights; ValueError where they do
-    not fit its config.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Path,
-        name: str,
-        config: Mapping[str, Any],
-        weights: Mapping[str, StoredTensor],
-        dtype: torch.dtype | None,
-    ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        prefix = f"{name}." if name else ""
-        self._weights = {
-            key.removeprefix(prefix): weight
-            for key, weight in weights.items()
-            if key.startswith(prefix)
-        }
-        if not self._weights:
-            raise ValueError(f"{checkpoint} has no weights of {name}")
-        dtype = dtype or next(iter(self._weights.values())).dtype
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**config), dtype=dtype
-            )
-        self.tensors = stored_tensors(self.model)
-        for key, tensor in self.tensors.items():
-            found = self._weights.get(key)
-            if found is None or found.shape != tensor.shape:
-                held = "lacks" if found is None else f"has {list(found.shape)} as"
-                raise ValueError(
-                    f"{checkpoint} {held} {prefix}{key}; its config asks for {list(tensor.shape)}"
-                )
-
-    def read(self, key: str) -> torch.Tensor:
-        return self._weights[key].contiguous()
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer | None:

@@ -28,6 +28,7 @@ from torch import nn
 
 from lit_sparse.files import Sum, sum_of
 from lit_sparse.models import named_models
+from lit_sparse.models.lora import describe_adapters
 
 TAG = "checkpoint"
 RUN = "run.ckpt"
@@ -43,11 +44,15 @@ def description(module: nn.Module, sharding: Mapping[str, int] | None) -> dict[s
             shards are for; None where it is not sharded.
 
     Returns:
-        `sharding`, and `models`: attribute path in the module -> config of each transformers model,
-        with the law and the RoPE of the moment.
+        `sharding`; `models`: attribute path in the module -> config of each transformers model,
+        with the law and the RoPE of the moment; `adapters`: see `describe_adapters`.
     """
     models = {path: model.config.to_dict() for path, model in named_models(module).items()}
-    return {"sharding": None if sharding is None else dict(sharding), "models": models}
+    return {
+        "sharding": None if sharding is None else dict(sharding),
+        "models": models,
+        "adapters": describe_adapters(module),
+    }
 
 
 def damage(path: Path, contents: bool = True) -> str | None:

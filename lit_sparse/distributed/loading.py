@@ -49,7 +49,7 @@ def load_pretrained(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    files = _TensorFiles(weight_files(directory))
+    files = TensorFiles(weight_files(directory))
     with _outside_zero_init():
         model = _without_weights(directory, _dtype(config), trust_remote_code)
         parameters = _parameters(model)
@@ -122,7 +122,7 @@ def _parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     return list(found.values())
 
 
-class _TensorFiles:
+class TensorFiles:
     """The tensors of some safetensors files, read one at a time; ValueError for a damaged file."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -148,7 +148,7 @@ class _TensorFiles:
 
 
 def _check(
-    directory: str | Path, parameters: list[tuple[list[str], nn.Parameter]], files: _TensorFiles
+    directory: str | Path, parameters: list[tuple[list[str], nn.Parameter]], files: TensorFiles
 ) -> None:
     known = {name for names, _ in parameters for name in names}
     for name, file in files.files.items():

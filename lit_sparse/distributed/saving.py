@@ -10,10 +10,11 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 
-from lit_sparse.distributed.checkpoint import check_sharding, description
+from lit_sparse.distributed.checkpoint import check_sharding, description, run_state
 from lit_sparse.distributed.shards import load_sharded, save_sharded
 from lit_sparse.distributed.weights import full_state_dict, load_full_state_dict
 from lit_sparse.files import remove
+from lit_sparse.models.lora import check_adapters, left_out
 
 
 class SavingStrategy(DeepSpeedStrategy):
@@ -47,14 +48,15 @@ class SavingStrategy(DeepSpeedStrategy):
         about = description(self.lightning_module, sharding)
         checkpoint["lit_sparse"] = {**checkpoint.get("lit_sparse", {}), **about}
         if full:
-            checkpoint["state_dict"] = full_state_dict(self.deepspeed_engine)
+            frozen = left_out(self.lightning_module)
+            checkpoint["state_dict"] = full_state_dict(self.deepspeed_engine, but=frozen)
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, path)
             self.barrier("full checkpoint")
         else:
             in_shards = ("state_dict", "optimizer_states")
             state = {key: value for key, value in checkpoint.items() if key not in in_shards}
-            save_sharded(self.deepspeed_engine, state, path)
+            save_sharded(self.deepspeed_engine, state, path, left_out(self.lightning_module))
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -73,6 +75,7 @@ class SavingStrategy(DeepSpeedStrategy):
             raise FileNotFoundError(f"there is no checkpoint {path}")
         if path.is_dir() or fitting:
             check_sharding(path, self.sharding)
+            check_adapters(run_state(path)["lit_sparse"], module)
             engine, strict = self.deepspeed_engine, module.strict_loading
             return load_sharded(engine, path, fitting, strict)
         # Only what a rank copies is read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +16,16 @@ from lit_sparse.distributed.checkpoint import MANIFEST, RUN, TAG, run_state, wei
 from lit_sparse.files import Sum, publish, remove, sum_of, sync, write_synced
 
 
-def save_sharded(engine: Any, state: Mapping[str, Any], path: Path) -> None:
+def save_sharded(
+    engine: Any, state: Mapping[str, Any], path: Path, left_out: Collection[str] = ()
+) -> None:
     """Write a sharded checkpoint, which appears whole or not at all. Collective.
 
     Args:
         engine: DeepSpeed's.
         state: all else of Lightning's checkpoint; that of the first rank is written.
         path: the same on every rank, on a file system that all of them see.
+        left_out: names of frozen weights that the files shall not hold: none, or all frozen ones.
     """
     first = torch.distributed.get_rank() == 0
     unfinished = path.with_name(f".{path.name}.tmp")
@@ -30,8 +33,10 @@ def save_sharded(engine: Any, state: Mapping[str, Any], path: Path) -> None:
         if first:
             remove(unfinished)
         own: dict[str, Sum] = {}
-        with _summed(engine, unfinished, own):
-            engine.save_checkpoint(str(unfinished), tag=TAG)
+        with _summed(engine, unfinished, own, left_out):
+            engine.save_checkpoint(
+                str(unfinished), tag=TAG, exclude_frozen_parameters=bool(left_out)
+            )
         sums: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(sums, own)
         if first:
@@ -45,11 +50,17 @@ def save_sharded(engine: Any, state: Mapping[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _summed(engine: Any, directory: Path, sums: dict[str, Sum]) -> Iterator[None]:
+def _summed(
+    engine: Any, directory: Path, sums: dict[str, Sum], left_out: Collection[str]
+) -> Iterator[None]:
     """Inside, files of the engine reach the disk, and `sums` gets theirs by name."""
     writer = engine.checkpoint_engine
 
     def save(state_dict: Any, path: str) -> None:
+        if left_out and "module" in state_dict:  # DeepSpeed leaves one of two tied names in
+            module = state_dict["module"]
+            kept = {name: module[name] for name in module if name not in left_out}
+            state_dict = {**state_dict, "module": kept}
         written = write_synced(Path(path), lambda file: torch.save(state_dict, file))
         sums[str(Path(path).relative_to(directory))] = written
 

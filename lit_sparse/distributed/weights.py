@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -32,11 +32,12 @@ def whole_tensor(tensor: Tensor, wanted: bool = True) -> Tensor | None:
 
 
 @torch.no_grad()
-def full_state_dict(engine: Any) -> dict[str, Any]:
+def full_state_dict(engine: Any, but: Collection[str] = ()) -> dict[str, Any]:
     """The state dict of an engine's module, on the CPU of the first rank; {} on the others.
 
     One parameter at a time is gathered. Weights that train in half precision are given in float32,
-    as the optimizer of stages 1 to 3 has them. Tied parameters share one tensor. Collective.
+    as the optimizer of stages 1 to 3 has them. Tied parameters share one tensor. Names in `but` are
+    left out. Collective.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -45,6 +46,8 @@ def full_state_dict(engine: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     copies: dict[int, Tensor | None] = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
+        if name in but:
+            continue
         if not isinstance(value, Tensor):
             found[name] = value
             continue

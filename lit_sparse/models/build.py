@@ -107,6 +107,7 @@ def pretrained_config(directory: str | Path, trust_remote_code: bool = False) ->
             "first)"
         )
     if not (path / "config.json").is_file():
+        _refuse_adapter(path)
         raise ValueError(f"model.pretrained: {path} has no config.json")
     if not trust_remote_code and _needs_own_code(path):
         raise ValueError(
@@ -155,6 +156,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
+        _refuse_adapter(path)
         raise ValueError(
             f"model.pretrained: {path} has no model.safetensors, nor an index of such files "
             "(pickled weights are not loaded: they may run code; convert them with "
@@ -170,6 +172,20 @@ def weight_files(directory: str | Path) -> list[Path]:
             f"model.pretrained: {path} lacks {', '.join(missing)}, which {index.name} names"
         )
     return [path / name for name in names]
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """ValueError where a directory without a model has an adapter of peft's."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ValueError(
+        f"model.pretrained: {directory} holds adapters alone, for the model {base}, and no model: "
+        "merge them first, with lit-sparse export (of the checkpoint) or peft's merge_and_unload, "
+        f"or start from {base} with model.lora"
+    )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

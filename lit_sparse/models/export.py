@@ -68,21 +68,49 @@ def write_model(
         on_disk: calls what it is given, on the rank that writes; raises on all ranks if that fails.
         shard_size: of a file, e.g. "5GB".
     """
+
+    def write_others(unfinished: Path) -> None:
+        _write_configs(model, unfinished, weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+
+    write_tensors(
+        directory, weights, read, write_others, stem="model", on_disk=on_disk, shard_size=shard_size
+    )
+
+
+def write_tensors(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    read: Callable[[str], Tensor | None],
+    write_others: Callable[[Path], None],
+    *,
+    stem: str,
+    on_disk: Callable[[Callable[[], None]], None],
+    shard_size: str,
+) -> None:
+    """Write a directory of safetensors files and what belongs to them, whole or not at all.
+
+    Args:
+        directory, weights, read, on_disk, shard_size: see `write_model`.
+        write_others: writes config.json, and other files, to the directory that it is given.
+        stem: of the files' names: "model" for model.safetensors, or for its shards and an index.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=shard_size)
+    plan = split_torch_state_dict_into_shards(
+        dict(weights), filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_size
+    )
     unfinished = directory.with_name(f".{directory.name}.tmp")
 
     def begin() -> None:
         remove(unfinished)
         unfinished.mkdir(parents=True)
-        _write_configs(model, unfinished, weights)
+        write_others(unfinished)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (unfinished / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
+            (unfinished / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def end() -> None:
         for path in unfinished.rglob("*"):
@@ -123,6 +151,6 @@ def _write_shard(
     try:
         save_file(whole, path, metadata={"format": "pt"})
         # safetensors lets nobody but the owner read its files.
-        shutil.copymode(path.with_name("config.json"), path)
+        shutil.copymode(next(path.parent.glob("*config.json")), path)
     except SafetensorError as error:
         raise OSError(str(error)) from error

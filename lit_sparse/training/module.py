@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -22,7 +24,9 @@ from lit_sparse.distributed.gradients import (
 from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source, model_config
+from lit_sparse.models.lora import Base, LoRA, add_lora, check_adapters, left_out
 from lit_sparse.training.activations import Activations, set_activations
+from lit_sparse.training.adapters import check_tiled_dropout, frozen_dtype
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
 from lit_sparse.training.loss import IGNORED, Loss, check_loss, summed_loss
@@ -47,6 +51,9 @@ class SparseLM(LightningModule):
         architecture: transformers config of a new model: `model_type` and its keys. Beside
             `pretrained` it is what the directory has to hold, see
             `lit_sparse.models.build.model_config`.
+        lora: adapters to train instead of the weights of `pretrained`; None trains all of them.
+            Checkpoints then hold what trains, and not the rest. Under precision bf16-mixed the
+            rest is bfloat16, as every product would see it.
         learning_rate: peak of the schedule, where the curriculum's stage sets none.
         min_learning_rate: end of the cosine, as a share of the peak.
         warmup_steps: optimizer steps of linear warm-up.
@@ -73,6 +80,7 @@ class SparseLM(LightningModule):
         self,
         pretrained: str | None = None,
         architecture: dict[str, Any] | None = None,
+        lora: LoRA | None = None,
         learning_rate: float = 3e-4,
         min_learning_rate: float = 0.1,
         warmup_steps: int = 100,
@@ -97,7 +105,12 @@ class SparseLM(LightningModule):
                 raise ValueError(f"model.{key} is out of its range: {value}")
         check_source(pretrained, architecture, trust_remote_code)
         check_loss(loss)
+        if isinstance(lora, Mapping):  # of a checkpoint, which holds plain types only
+            lora = LoRA(**lora)
         self.save_hyperparameters()
+        self.save_hyperparameters({"lora": lora and asdict(lora)})
+        if lora is not None:
+            self.strict_loading = False  # on_load_checkpoint looks at the adapters itself
         self.model: Any = None
         if pretrained is None:
             # Before any strategy acts: the same random weights, however they will be sharded.
@@ -112,18 +125,25 @@ class SparseLM(LightningModule):
         if self.model is not None:
             return
         options = self.hparams
-        source = options["pretrained"], options["architecture"]
+        pretrained, lora = options["pretrained"], options["lora"]
         trusted = options["trust_remote_code"]
         strategy: Any = self._trainer.strategy if self._trainer else None
-        if source[0] is not None and getattr(strategy, "zero_stage_3", False):
-            model = load_pretrained(source[0], strategy.config, trusted)
+        if pretrained is not None and getattr(strategy, "zero_stage_3", False):
+            model = load_pretrained(pretrained, strategy.config, trusted)
         else:
-            model = build_model(*source, trust_remote_code=trusted)
+            dtype = frozen_dtype(strategy) if lora else torch.float32
+            model = build_model(
+                pretrained, options["architecture"], dtype=dtype, trust_remote_code=trusted
+            )
         model.train()  # transformers loads for inference, where all activations are kept
         if options["liger_kernels"]:
             use_liger_kernels(model)
         if options["tiled_mlp"] is not None:  # tiles of what Liger made of the MLPs
             tile_mlps(model, options["tiled_mlp"])
+        if lora is not None:
+            add_lora(model, LoRA(**lora), None if pretrained is None else Base.of(pretrained))
+            if lora["dropout"]:
+                check_tiled_dropout(model, bool(options["tiled_mlp"]), options["loss"] == "tiled")
         set_activations(model, options["activations"])
         self.model = model
 
@@ -147,6 +167,12 @@ class SparseLM(LightningModule):
 
     def on_fit_start(self) -> None:
         check_strategy(self.trainer)
+        if self.hparams["lora"] and self.hparams["pretrained"] is None:
+            raise ValueError(
+                "model.lora adapts weights that have learned something, and those of "
+                "model.architecture are random: set model.pretrained instead, or leave model.lora "
+                "out"
+            )
         if self.hparams["tiled_mlp"] is not None:
             check_tiling(self.trainer, "model.tiled_mlp")
         if self.hparams["loss"] == "tiled":
@@ -241,6 +267,12 @@ class SparseLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # For one of weights only, of which no callback is told.
         checkpoint.setdefault("lit_sparse", description(self, None))
+        frozen = left_out(self)
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: weights[n] for n in weights if n not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_adapters(checkpoint.get("lit_sparse") or {}, self)
 
     def configure_optimizers(self) -> Any:
         embeddings = {id(self.model.get_input_embeddings().weight)}
