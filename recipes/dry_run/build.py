@@ -15,6 +15,7 @@ from lit_sparse.recipes.estimate.memory import Memory
 from lit_sparse.recipes.estimate.settings import QuietCLI, settings_of
 from lit_sparse.recipes.estimate.sharding import Sharding
 from lit_sparse.recipes.estimate.sizing import Sizing
+from lit_sparse.training.adapters import frozen_dtype
 from lit_sparse.training.tiled import refuse_tiling
 
 
@@ -38,7 +39,7 @@ class Build(QuietCLI):
         self.ropes: list[dict[str, Any]] = []
         """RoPE of each stage, in the names of transformers."""
         self._attach_callbacks()
-        self._check_tiling()
+        self._check_plain()
         self.data = read_data(self.datamodule, self.settings)
         if self.data.tokenizer is not None:
             self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
@@ -89,14 +90,19 @@ class Build(QuietCLI):
             extend_context(self.model.model, stages[: i + 1])
             self.ropes.append(dict(rope_parameters(self.model.model)))
 
-    def _check_tiling(self) -> None:
+    def _check_plain(self) -> None:
+        """What only DeepSpeed can train."""
         settings, sharding = self.settings, self.sharding
+        if sharding.stage is not None:
+            return
+        if settings.model.lora is not None:
+            frozen_dtype(self.trainer.strategy)
         tiled = {
             "model.tiled_mlp": settings.tiled_mlp is not None,
             "model.loss: tiled": settings.loss == "tiled",
         }
         for key, asked in tiled.items():
-            if asked and sharding.stage is None:
+            if asked:
                 refuse_tiling(key, sharding.gpus, str(self.asked.trainer.strategy))
 
     def _configure_optimizers(self) -> tuple[Optimizer, list[float]]:

@@ -58,7 +58,9 @@ def _model(build: Build) -> list[str]:
     every = sum(p.numel() for p in parameters)
     what = "all trained" if trained == every else f"{trained:,} of them trained"
     pretrained = build.asked.model.pretrained
-    source = f"weights of {pretrained}" if pretrained else "new: --model.pretrained DIR fine-tunes"
+    source = f"weights of {pretrained}" if pretrained else "new"
+    if not pretrained and model.lora is not None:
+        source = "on weights that --model.pretrained DIR has to name"
     groups = ", ".join(
         f"{len(group['params'])} tensors with weight decay {group['weight_decay']:g}"
         for group in build.optimizer.param_groups
@@ -175,7 +177,7 @@ def _memory(build: Build, memory: Memory, gpu: Gpu) -> list[str]:
 def _files(build: Build) -> list[str]:
     keep, ends = build.asked.checkpoint, len(build.settings.curriculum.stages)
     kept = keep["keep"] + (ends if keep["keep_stage_ends"] else 0)
-    size = f"up to {kept} checkpoints of about {_checkpoint_bytes(build) / 1e9:.2g} GB"
+    size = f"up to {kept} checkpoints of about {_size(_checkpoint_bytes(build))}"
     there = [type(callback) for callback in build.trainer.callbacks]  # type: ignore[attr-defined]
     written = ["config.yaml", "TensorBoard events", size]
     written += ["stages.json"] * (StageReport in there)
@@ -188,8 +190,15 @@ def _checkpoint_bytes(build: Build) -> int:
     size = build.settings.recipe(sharding).dtype.itemsize
     parameters = list(build.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # Of a model with adapters a checkpoint has what is trained.
+    every = trained if build.settings.model.lora else sum(p.numel() for p in parameters)
     states = 2 * size if sharding.stage is None else _ADAM
-    return size * sum(p.numel() for p in parameters) + states * trained
+    return size * every + states * trained
+
+
+def _size(number: float) -> str:
+    exponent = min(9, max(3, len(str(int(number))) // 3 * 3))
+    return f"{digits(number / 10**exponent)} {({3: 'kB', 6: 'MB', 9: 'GB'})[exponent]}"
 
 
 def _notes(build: Build) -> list[str]:

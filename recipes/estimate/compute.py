@@ -55,19 +55,21 @@ def work(
 ) -> Work:
     """Of `rows` rows.
 
-    A parameter of a matrix costs 2 FLOPs a token in the forward and 4 in the backward, and 2 more
+    A parameter of a matrix costs 2 FLOPs a token in the forward and 4 in the backward (2 where it
+    is frozen, of which none are spared below the first layer that is trained), and 2 more
     wherever the forward runs again: with activation checkpointing, in a tiled MLP, and in the
     chunked or tiled loss. A pair of attention costs `FORWARD` and `BACKWARD` FLOPs a head
     dimension; a scored row and block 2. Norms, activations, softmax and the optimizer are not
     counted.
     """
-    per_token = (6 + 2 * recipe.recompute) * model.matrices
+    per_token = (4 + 2 * recipe.recompute) * model.matrices + 2 * model.trained_matrices
     if recipe.tiled_mlp is not None:
         per_token += 2 * model.mlp
     elif recipe.recompute:
         # PyTorch stops where the last saved tensor is there: before the MLP's third product.
         per_token -= 2 * model.mlp // 3
-    per_token += (6 if recipe.loss == "liger" else 8) * model.head
+    per_token += (4 + 2 * model.trains_head) * model.head
+    per_token += 2 * model.head * (recipe.loss != "liger")
     forwards = 1 + recipe.recompute
     pairs = FORWARD * forwards + BACKWARD
     dimensions = model.heads * model.head_dim

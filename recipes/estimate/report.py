@@ -17,18 +17,18 @@ from lit_sparse.recipes.estimate.sizing import remedies, smallest
 
 NOTE = (
     "Rows are assumed full of documents of the stage's length. FLOPs of what is executed: 2 a "
-    "parameter and token in a forward, 4 in a backward, and a forward more wherever it runs again "
-    "(activation checkpointing, chunked loss, tiled MLP); in attention {forward} and {backward} a "
-    "pair and head dimension, of whole blocks in whole tiles (executed: these pairs / causal "
-    "pairs; dense: all causal pairs). Days: at {utilisation:.0%} of the data sheet's dense bf16 "
-    "peak of all GPUs, whatever the sharding. Memory of one GPU, in {unit}: states, and the "
-    "largest of what does not happen at a time: training (the backward of a layer), the loss "
-    "(logits, beside what layers keep), the optimizer step, and generation where a callback does "
-    "that (cache: at the longest length, whole on each GPU; beside a forward). It is of the stage "
-    "that needs most, without torch.compile, on the Triton kernels. buffers: DeepSpeed's reduction "
-    "bucket, in ZeRO 3 also gathered and fetched weights. step: float32 gradients and AdamW's "
-    "temporary. CPU: what is offloaded, of a node. A GPU's gigabyte is taken as 10^9 bytes; what "
-    "it holds more is for the CUDA context, NCCL and fragmentation."
+    "parameter and token in a forward, 4 in a backward (2 where it is frozen), and a forward more "
+    "wherever it runs again (activation checkpointing, chunked loss, tiled MLP); in attention "
+    "{forward} and {backward} a pair and head dimension, of whole blocks in whole tiles (executed: "
+    "these pairs / causal pairs; dense: all causal pairs). Days: at {utilisation:.0%} of the data "
+    "sheet's dense bf16 peak of all GPUs, whatever the sharding. Memory of one GPU, in {unit}: "
+    "states, and the largest of what does not happen at a time: training (the backward of a "
+    "layer), the loss (logits, beside what layers keep), the optimizer step, and generation where "
+    "a callback does that (cache: at the longest length, whole on each GPU; beside a forward). It "
+    "is of the stage that needs most, without torch.compile, on the Triton kernels. buffers: "
+    "DeepSpeed's reduction bucket, in ZeRO 3 also gathered and fetched weights. step: float32 "
+    "gradients and AdamW's temporary. CPU: what is offloaded, of a node. A GPU's gigabyte is taken "
+    "as 10^9 bytes; what it holds more is for the CUDA context, NCCL and fragmentation."
 )
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20))
@@ -51,11 +51,13 @@ def lines(found: Estimate) -> list[str]:
 
 def _title(found: Estimate) -> str:
     settings, model = found.settings, found.settings.model
+    trained = "" if model.lora is None else f" ({count(model.trained)} trained)"
     return (
-        f"{settings.name}: {model.config.model_type}, {count(model.parameters)} parameters, "
-        f"{model.layers} layers of {model.heads} query / {model.kv_heads} key-value heads of "
-        f"{model.head_dim}; rows of {tokens(settings.row_tokens)} tokens, {settings.rows_per_step} "
-        f"a step; {settings.precision}, activations: {settings.activations}, loss: {settings.loss}"
+        f"{settings.name}: {model.config.model_type}, {count(model.parameters)} parameters"
+        f"{trained}, {model.layers} layers of {model.heads} query / {model.kv_heads} key-value "
+        f"heads of {model.head_dim}; rows of {tokens(settings.row_tokens)} tokens, "
+        f"{settings.rows_per_step} a step; {settings.precision}, activations: "
+        f"{settings.activations}, loss: {settings.loss}"
     )
 
 

@@ -22,6 +22,7 @@ from lit_sparse.callbacks import ContextCurriculum, SparseAttention
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.models import Law
+from lit_sparse.models.lora import LoRA
 from lit_sparse.recipes.estimate.model import Model, read_model
 from lit_sparse.recipes.estimate.sharding import Sharding, Zero, refusal
 from lit_sparse.recipes.estimate.step import Recipe
@@ -74,8 +75,10 @@ class Settings:
     def recipe(self, sharding: Sharding) -> Recipe:
         """A step under a sharding: DeepSpeed casts the model where PyTorch alone casts products."""
         autocast = sharding.stage is None and self.precision in _MIXED
+        # Weights that no optimizer changes are kept as the products see them.
+        whole = self.precision in _FULL or (autocast and self.model.lora is None)
         return Recipe(
-            dtype=torch.float32 if autocast or self.precision in _FULL else torch.bfloat16,
+            dtype=torch.float32 if whole else torch.bfloat16,
             autocast=autocast,
             recompute=self.activations != "keep",
             tiled_mlp=self.tiled_mlp,
@@ -116,7 +119,9 @@ def settings_of(config: Namespace, gpus: int | None = None) -> Settings:
     precision = str(config.trainer.precision or "32-true")
     if precision not in (*_FULL, *_MIXED, *_HALF):
         raise ValueError(f"trainer.precision: {precision} is not estimated; take bf16-true")
-    model = read_model(config.model.pretrained, config.model.architecture)
+    lora = config.model.lora and LoRA(**config.model.lora.as_dict())
+    source = config.model.pretrained, config.model.architecture
+    model = read_model(*source, lora, config.model.trust_remote_code)
     named, node = _gpus_of(config.trainer)
     at_hand = gpus or named or NODE
     own, zero = _strategy(config.trainer.strategy, named, at_hand)

@@ -13,6 +13,7 @@ from small_config import ARCHITECTURE, estimate, keys, settings, write
 
 from lit_sparse.attention import select, sparse_attention
 from lit_sparse.models import sparsify
+from lit_sparse.models.lora import LoRA
 from lit_sparse.recipes.estimate import main
 from lit_sparse.recipes.estimate.model import read_model
 from lit_sparse.recipes.estimate.sharding import Sharding
@@ -40,7 +41,7 @@ def test_parameters_are_those_of_the_built_model(kind, tied):
     architecture = {**keys(kind), "tie_word_embeddings": tied}
     model = read_model(None, architecture)
     built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    assert model.parameters == sum(p.numel() for p in built.parameters())
+    assert model.parameters == model.trained == sum(p.numel() for p in built.parameters())
     assert model.matrices - model.mlp == 3 * 2 * (64 + 32) * 64  # q, k, v, o
     assert model.mlp == 3 * 3 * 64 * 192
 
@@ -57,10 +58,12 @@ def _batch(tokens):
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_flops_of_products_are_those_of_a_real_step(config, activations):
-    given = settings(config, "--model.activations", activations)
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, train_embeddings=True)])
+def test_flops_of_products_are_those_of_a_real_step(config, activations, lora):
+    adapters = ["--model.lora.rank", "4", "--model.lora.train_embeddings", "true"] if lora else []
+    given = settings(config, "--model.activations", activations, *adapters)
     work = stage_work(given, given.curriculum.stages[1])
-    module = SparseLM(architecture=ARCHITECTURE, activations=activations, loss_chunk=256)
+    module = SparseLM(architecture=ARCHITECTURE, activations=activations, loss_chunk=256, lora=lora)
     sparsify(module.model, given.law.budget, block=16, tile=16)
     with FlopCounterMode(display=False) as counter:
         module.token_loss(_batch(1024))[0].backward()
