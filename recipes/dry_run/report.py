@@ -23,7 +23,11 @@ _ADAM = 12
 
 def lines(build: Build, gpu: Gpu) -> list[str]:
     """All that is printed."""
-    memory = build.memory()
+    memory: Memory | str
+    try:
+        memory = build.memory()
+    except NotImplementedError as error:  # of kernels that this machine or this shape has not
+        memory = f"not known: {error}"
     parts = [
         ("model", _model(build)),
         ("stages", _stages(build)),
@@ -162,7 +166,9 @@ def _rows(number: int) -> str:
     return f"{number} row{'s' * (number > 1)}"
 
 
-def _memory(build: Build, memory: Memory, gpu: Gpu) -> list[str]:
+def _memory(build: Build, memory: Memory | str, gpu: Gpu) -> list[str]:
+    if isinstance(memory, str):
+        return [memory]
     name, unit = memory_unit([memory])
     parts = sorted(memory.parts.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{part} {digits(size / unit)}" for part, size in parts if size > 0)
@@ -207,10 +213,10 @@ def _notes(build: Build) -> list[str]:
     return build.unchecked + missing * (liger and find_spec("liger_kernel") is None)
 
 
-def _warnings(build: Build, memory: Memory, gpu: Gpu) -> Iterator[str]:
+def _warnings(build: Build, memory: Memory | str, gpu: Gpu) -> Iterator[str]:
     settings = build.settings
     on_gpu = build.asked.trainer.accelerator in ("gpu", "cuda")
-    if on_gpu and memory.peak > gpu.memory:
+    if on_gpu and isinstance(memory, Memory) and memory.peak > gpu.memory:
         yield (
             f"it does not fit on one {gpu.name}: lit-sparse estimate with the same arguments "
             "names the shardings that do"

@@ -90,17 +90,15 @@ def test_a_directory_and_a_store_are_looked_at(config, tmp_path, architecture, c
     assert "--dry-run: abacus is not one of h100" in capsys.readouterr().err
     # The run that is there, and a model that is too large for the GPU that is named.
     (tmp_path / "runs" / "small" / "checkpoints").mkdir(parents=True)
-    large = [
-        "--model.architecture.hidden_size",
-        "4096",
-        "--model.architecture.vocab_size",
-        "999999",
-    ]
+    large = ["--model.architecture.hidden_size", "4096", "--model.architecture.head_dim", "128"]
+    large += ["--model.architecture.vocab_size", "999999"]
     assert main(["fit", *arguments, *large, "--dry-run=rtx4090"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "of 22.4 GiB of one RTX 4090" in printed
     assert "warnings it does not fit on one RTX 4090" in printed
     assert "fit would not start now: run.name: runs/small already holds a run" in printed
+    wide = _dry_run(capsys, *arguments, "--model.architecture.head_dim", "512")
+    assert "memory not known: the memory of attention is that of the Triton kernels, which" in wide
 
 
 BAD = [
