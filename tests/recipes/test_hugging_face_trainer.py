@@ -1,5 +1,5 @@
-"""Hugging Face's own Trainer, which knows nothing of us, trains a sparsified model to the same losses
-as `lit-sparse fit` on the same rows.
+"""Hugging Face's own Trainer, which knows nothing of us, trains a sparsified model to the losses of
+`lit-sparse fit` on the same rows.
 """
 
 import pytest
