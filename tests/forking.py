@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+
+def import_for_ranks() -> None:
+    """Import what DeepSpeed, peft and transformers would import in each rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401
+
+    gc.freeze()  # a child that collects garbage would walk, and copy, all that was imported
 
 
 def fork(world: int, run: Callable[[], Any]) -> None:

@@ -6,19 +6,15 @@ sparse attention and RoPE are found and changed as before. `merge` has what beco
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from lit_sparse.models.build import weight_files
-from lit_sparse.models.support import named_models
+from lit_sparse.models.base_weights import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +26,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 """What is adapted where nothing is said: the projections of attention, those that a model has."""
 
 _STATE = "lit_sparse_lora"
-_SAMPLE = 4096
-"""Bytes of each tensor that a fingerprint reads."""
 
 
 @dataclass(frozen=True)
@@ -88,29 +82,6 @@ def _are_names(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Base:
-    """The directory that a model's frozen weights came from."""
-
-    directory: str
-    fingerprint: str
-    """See `weights_fingerprint`."""
-
-    @classmethod
-    def of(cls, directory: str | Path) -> Base:
-        """ValueError where there are no weights."""
-        return cls(str(Path(directory).absolute()), weights_fingerprint(directory))
-
-    def check(self, key: str, directory: str | Path) -> None:
-        """ValueError, which names the setting, unless a directory holds these weights."""
-        if weights_fingerprint(directory) != self.fingerprint:
-            raise ValueError(
-                f"{key}: the weights in {directory} are not those that the adapters were trained "
-                f"on, which were in {self.directory}: they have changed since, or are of another "
-                "model"
-            )
-
-
-@dataclass(frozen=True)
 class Adapted:
     """What `add_lora` did to a model."""
 
@@ -125,7 +96,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA, base: Base | None = None) -> Pr
     stays: ranks that have loaded their weights in different ways have the same ones. What trains is
     float32 whatever the other weights are, since steps of a usual learning rate vanish in the
     rounding of bfloat16; but in a model that ZeRO 3 has sharded, which has one dtype, and whose
-    optimizer keeps float32 copies.
+    optimizer keeps float32 copies. Norms and embeddings in float32 amid bfloat16 run under autocast
+    only.
 
     Args:
         model: weights may be sharded by ZeRO 3 or on the meta device.
@@ -150,7 +122,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA, base: Base | None = None) -> Pr
         target_modules=_find_targets(model, lora.targets),
         task_type="CAUSAL_LM",
     )
-    with torch.device("cpu"), _generator_at_its_seed():
+    with _drawing_from_the_seed():
         model.add_adapter(config, ADAPTER)
     config.base_model_name_or_path = None if base is None else base.directory
     # Not peft's modules_to_save: it trains copies of the modules, which takes their memory twice,
@@ -201,13 +173,19 @@ def _find_targets(model: PreTrainedModel, targets: list[str] | str | None) -> li
 
 
 @contextmanager
-def _generator_at_its_seed() -> Iterator[None]:
-    generator = torch.default_generator
+def _drawing_from_the_seed() -> Iterator[None]:
+    """Inside, layers get the same values wherever this is called: on the CPU, in float32 (Lightning
+    changes both around `configure_model`), whatever was drawn before.
+    """
+    generator, dtype = torch.default_generator, torch.get_default_dtype()
     state = generator.get_state()
     generator.manual_seed(generator.initial_seed())
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         generator.set_state(state)
 
 
@@ -219,111 +197,3 @@ def adapted(model: nn.Module) -> Adapted | None:
 def base_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's frozen weights."""
     return next(p.dtype for p in model.parameters() if not p.requires_grad)
-
-
-def weights_fingerprint(directory: str | Path) -> str:
-    """SHA-256 of name, dtype, shape and first 4 KiB of each tensor of a model's directory.
-
-    However they are divided into files; a model of the same shapes has another one. Reads a few
-    MiB.
-
-    Raises:
-        ValueError: there are none, or a file is damaged.
-    """
-    sums: dict[str, bytes] = {}
-    for path in weight_files(directory):
-        try:
-            with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header: dict[str, Any] = json.loads(file.read(size))
-                header.pop("__metadata__", None)
-                for name, about in header.items():
-                    start, end = about["data_offsets"]
-                    file.seek(8 + size + start)
-                    what = f"{name} {about['dtype']} {about['shape']}\n".encode()
-                    sums[name] = hashlib.sha256(
-                        what + file.read(min(end - start, _SAMPLE))
-                    ).digest()
-        except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-            raise ValueError(f"model.pretrained: {path} is damaged: {error}") from error
-    return hashlib.sha256(b"".join(sums[name] for name in sorted(sums))).hexdigest()
-
-
-# -- checkpoints --
-
-
-def left_out(module: nn.Module) -> set[str]:
-    """Names, in the state dict of a module, of the weights that its checkpoints leave out: frozen
-    ones of adapted models whose base is known.
-    """
-    found: set[str] = set()
-    for path, model in named_models(module).items():
-        state = adapted(model)
-        if state is not None and state.base is not None:
-            prefix = f"{path}." if path else ""
-            names = model.named_parameters(remove_duplicate=False)
-            found |= {prefix + name for name, weight in names if not weight.requires_grad}
-    return found
-
-
-def describe_adapters(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about the adapters of a module's models, in plain types: attribute
-    path -> `lora`, `base` (None where the checkpoint has all weights) and its `dtype`.
-    """
-    return {
-        path: {
-            "lora": asdict(state.lora),
-            "base": state.base and asdict(state.base),
-            "dtype": str(base_dtype(model)).removeprefix("torch."),
-        }
-        for path, model in named_models(module).items()
-        if (state := adapted(model)) is not None
-    }
-
-
-def check_adapters(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Refuse to load a checkpoint into a module with other adapters, or on another base.
-
-    Args:
-        checkpoint: what it says about itself, under "lit_sparse".
-        module: its models are built.
-
-    Raises:
-        ValueError: says what differs, and what to set.
-    """
-    saved: dict[str, Any] = checkpoint.get("adapters") or {}
-    here = {path: adapted(model) for path, model in named_models(module).items()}
-    for path, state in here.items():
-        if path not in saved:
-            if state is not None:
-                raise ValueError(
-                    "model.lora is set, but the checkpoint is of a run without it: leave it out, "
-                    "or start a new run from the weights (lit-sparse export, then "
-                    "--model.pretrained)"
-                )
-            continue
-        then = LoRA(**saved[path]["lora"])
-        base = Base(**saved[path]["base"]) if saved[path]["base"] else None
-        if state is None:
-            where = f" on the weights of {base.directory}" if base else ""
-            changed = [key for key in _KEYS if getattr(then, key) != getattr(LoRA(), key)]
-            raise ValueError(
-                f"model.lora is not set, but the checkpoint holds adapters{where}: set "
-                f"{_listed(then, changed or ['rank'])} (lit-sparse export merges them into a model)"
-            )
-        # Dropout is no part of the weights.
-        keys = [key for key in _KEYS if key != "dropout"]
-        if differing := [key for key in keys if getattr(then, key) != getattr(state.lora, key)]:
-            raise ValueError(
-                f"the adapters of the checkpoint are others: it has {_listed(then, differing)}, "
-                f"not {_listed(state.lora, differing)}"
-            )
-        if base and state.base and base.fingerprint != state.base.fingerprint:
-            base.check("model.pretrained", state.base.directory)
-
-
-_KEYS = tuple(field.name for field in fields(LoRA))
-
-
-def _listed(lora: LoRA, keys: Sequence[str]) -> str:
-    return ", ".join(f"model.lora.{key}: {json.dumps(getattr(lora, key))}" for key in keys)

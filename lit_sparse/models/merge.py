@@ -149,7 +149,9 @@ def write_adapter(
 
     def write_configs(unfinished: Path) -> None:
         config.save_pretrained(unfinished)
-        model.config.to_json_file(unfinished / MODEL_CONFIG, use_diff=False)
+        about: Any = copy.deepcopy(model.config)
+        about.dtype = str(base_dtype(model)).removeprefix("torch.")
+        about.to_json_file(unfinished / MODEL_CONFIG)
 
     write_tensors(
         directory,

@@ -26,7 +26,7 @@ from lit_sparse.models.export import stored_tensors
 from lit_sparse.training import SparseLM
 
 sys.path.append(str(Path(__file__).parents[1]))
-from forking import fork
+from forking import fork, import_for_ranks
 
 CASES: dict[str, dict[str, Any]] = {
     # stage None: one process without DeepSpeed, with the same rows
@@ -128,6 +128,7 @@ def case(name: str, out: Path) -> None:
 def main(out: Path, names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    import_for_ranks()
     fork(1, lambda: pretrained(out))  # threads of PyTorch do not survive a fork
     # A process has sequence-parallel groups of one size.
     for ranks, sequence in ((1, 1), (2, 1), (2, 2)):

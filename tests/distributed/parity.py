@@ -24,7 +24,7 @@ from lit_sparse.models import whole_sequences
 from lit_sparse.training import SparseLM
 
 sys.path.append(str(Path(__file__).parents[1]))
-from forking import fork
+from forking import fork, import_for_ranks
 
 ROW_TOKENS = 256
 ARCHITECTURE = {
@@ -292,6 +292,7 @@ def measure(data_size: int, sequence_size: int) -> dict[str, Any]:
 def main(size: str, out: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    import_for_ranks()
     data_size, sequence_size = map(int, size.split("x"))
 
     def run() -> None:

@@ -34,7 +34,7 @@ from lit_sparse.training import SparseLM
 from lit_sparse.training.checkpoint import newest_whole
 
 sys.path.append(str(Path(__file__).parents[1]))
-from forking import fork
+from forking import fork, import_for_ranks
 
 STEPS = 4
 
@@ -247,6 +247,7 @@ def killed(runs: Runs, out: Path) -> None:
 def main(out: Path, cases: list[Case]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    import_for_ranks()
 
     def write(found: Any, name: str) -> None:
         if os.environ["RANK"] == "0":

@@ -6,12 +6,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse.cli import main
-from lit_sparse.models import law_of, sparsify
+from lit_sparse.models import build_model, law_of, sparsify
 
 
 @pytest.fixture
-def run(tmp_path, architecture, corpus, monkeypatch):
-    """The directory of a run of two steps, each with a checkpoint."""
+def config(tmp_path, architecture, corpus, monkeypatch):
+    """small.yaml, of a run of two steps, each with a checkpoint, in the working directory."""
     monkeypatch.chdir(tmp_path)
     keys = {
         "model": {"architecture": {**architecture, "tie_word_embeddings": True}},
@@ -27,6 +27,12 @@ def run(tmp_path, architecture, corpus, monkeypatch):
         },
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(keys))
+    return keys
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """The directory of the run."""
     assert main(["fit", "--config", "small.yaml"]) == 0
     return tmp_path / "runs" / "small"
 
@@ -103,3 +109,58 @@ def test_refused_in_one_line(run, tmp_path, capsys):
     (tmp_path / "step=9.ckpt").mkdir()
     refused("step=9.ckpt", tmp_path / "step=9.ckpt", "--out", "model")
     assert not (tmp_path / "model").exists()
+
+
+def _same_files(one, other):
+    names = {path.name for path in one.iterdir()}
+    assert {path.name for path in other.iterdir()} == names
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_adapters_are_merged_or_written_alone(config, tmp_path, capsys):
+    architecture = config["model"].pop("architecture")
+    build_model(architecture=architecture).save_pretrained("base")
+    config["model"]["pretrained"] = "base"
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    # Without a key in the file, and in the precision that has two dtypes.
+    fit = ["fit", "--config", "small.yaml", "--trainer.precision", "bf16-mixed"]
+    fit += ["--model.lora.rank", "4", "--model.lora.train_embeddings", "true"]
+    assert main(fit) == 0
+    run = tmp_path / "runs" / "small"
+    lora = yaml.safe_load((run / "config.yaml").read_text())["model"]["lora"]
+    assert (lora["rank"], lora["targets"]) == (4, None)
+
+    _export(run, "--out", "model")
+    _same_files(tmp_path / "model", run / "huggingface")
+    merged = AutoModelForCausalLM.from_pretrained("model")
+    assert merged.dtype == torch.bfloat16
+    assert law_of(sparsify(merged)).budget.floor == 32
+    _export(run, "--out", "adapter", "--adapter")
+    _same_files(tmp_path / "adapter", run / "adapter")
+    assert "adapter: adapters of rank 4 after 2 steps" in capsys.readouterr().out
+
+    def refused(error, *arguments):
+        _export(*arguments, error=error, capsys=capsys)
+
+    refused(
+        "model is there already; --overwrite replaces an adapter",
+        run,
+        "--out",
+        "model",
+        "--adapter",
+    )
+    refused("holds no adapter", run, "--out", "model", "--adapter", "--overwrite")
+    last = ["--ckpt_path", "last"]
+    (tmp_path / "base").rename("moved")
+    assert main([*fit, *last]) == 2
+    assert "model.pretrained: there is no directory base" in capsys.readouterr().err
+    refused(f"there is no directory {tmp_path / 'base'}", run, "--out", "again")
+    _export(run, "--out", "again", "--base", "moved")
+    _same_files(tmp_path / "again", run / "huggingface")
+    # Another model of the same shapes.
+    torch.manual_seed(5)
+    build_model(architecture=architecture).save_pretrained("base")
+    assert main([*fit, *last]) == 2
+    assert "model.pretrained: the weights in" in capsys.readouterr().err
+    refused("--base: the weights in base are not those", run, "--out", "no", "--base", "base")
