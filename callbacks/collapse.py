@@ -41,8 +41,8 @@ class CollapseMonitor(SampledAttentionMonitor):
     layers; `logit_max` is the largest of all), `collapse_spread/NAME_p5` and `_p95`,
     `collapse_by_layer/NAME_LL`, histograms of rows in `collapse_rows/NAME` and, after a validation,
     a figure by layer and head. Before the optimizer's step, norms of the gradients of the query and
-    key projections: `collapse/query_grad_norm`, `collapse/key_grad_norm`. callbacks/README.md says
-    what each means.
+    key projections: `collapse/query_grad_norm`, `collapse/key_grad_norm` (of Phi-3's one matrix:
+    `collapse/query_key_value_grad_norm`). callbacks/README.md says what each means.
 
     The two failures have opposite cures and alerts of their own: concentration (a few keys have
     everything) and dispersion (all keys have the same). Healthy heads are often sharp from the

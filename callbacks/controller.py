@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_sparse.callbacks.common import sparse_models
 from lit_sparse.callbacks.sampled import Sample, SampledAttentionMonitor
-from lit_sparse.models import alpha_factor, budget_of, law_of, scale_budget
+from lit_sparse.models import alpha_factor, budget_of, law_layers, law_of, scale_budget
 
 _ADVICE = {
     "floor": "the floor of the law decides about every sampled row, so alpha changes nothing: "
@@ -185,15 +185,15 @@ def _dropping_rows(
     tau, grows = [torch.empty(0, len(sample.heads))], [torch.empty(0, dtype=torch.bool)]
     first = 0
     for model in sparse_models(pl_module):
-        block, layers = law_of(model).block, model.config.num_hidden_layers
-        for layer in range(layers):
+        block = law_of(model).block
+        for layer in law_layers(model):
             if (rows := sample.layers.get(first + layer)) is not None:
                 budget = budget_of(model, layer).scaled(raised)
                 seen, kept = (-(-n // block) for n in (rows.context, sample.budgets[first + layer]))
                 drops, more = kept < seen, -(-budget(rows.context) // block) > kept
                 tau.append(rows.tau[drops])
                 grows.append(more[drops])
-        first += layers
+        first += model.config.num_hidden_layers
     return torch.cat(tau), torch.cat(grows)
 
 
@@ -202,7 +202,7 @@ def _limit(pl_module: LightningModule, sample: Sample) -> str:
     ceilings = {
         law_of(model).of(layer).ceiling
         for model in sparse_models(pl_module)
-        for layer in range(model.config.num_hidden_layers)
+        for layer in law_layers(model)
     }
     largest = max(int(keys.max()) for keys in sample.budgets.values())
     return "ceiling" if largest in ceilings else "floor"

@@ -20,7 +20,7 @@ from lit_sparse.callbacks.dense_comparison import DenseComparison, Gap
 from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor, log2_bucket
 from lit_sparse.callbacks.sampler import Sample
 from lit_sparse.callbacks.signatures import GrowingGap, PersistentError, PersistentGap
-from lit_sparse.models import attention_layers, budget_of
+from lit_sparse.models import budget_of, law_layers
 
 _COMPARED = "gap/kl, gap/loss_delta and gap/top1_agreement"
 
@@ -138,7 +138,7 @@ class DenseGapMonitor(SampledAttentionMonitor):
                 "and so are their alerts. Give fit val_dataloaders and the module a "
                 "validation_step, or set validation_batches to 0."
             )
-        elif self.validation_batches and not _language_models(pl_module):
+        elif self.validation_batches and not any(map(_has_head, sparse_models(pl_module))):
             rank_zero_warn(
                 f"DenseGapMonitor: no sparse model here has a language-model head, {_COMPARED} are "
                 "left out, and so are their alerts"
@@ -266,14 +266,19 @@ def _buckets(sample: Sample) -> Tensor:
     return torch.where(context.isnan(), 0, log2_bucket(context.nan_to_num(1.0)))
 
 
+def _has_head(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
 def _language_models(pl_module: LightningModule) -> list[Any]:
-    return [m for m in sparse_models(pl_module) if m.get_output_embeddings() is not None]
+    """Those that obey a law somewhere: no other can lose anything."""
+    return [m for m in sparse_models(pl_module) if _has_head(m) and law_layers(m)]
 
 
 def _mean_keys(pl_module: LightningModule, gap: Gap) -> dict[int, float]:
     """Bucket -> keys that the law gives in its middle, geometric mean over layers."""
     model = _language_models(pl_module)[0]
-    budgets = [budget_of(model, layer) for layer, _ in attention_layers(model)]
+    budgets = [budget_of(model, layer) for layer in law_layers(model)]
     contexts = torch.tensor(list(gap.by_context()))
     keys = torch.stack([budget(contexts + contexts // 2) for budget in budgets]).double()
     return dict(zip(contexts.tolist(), keys.log().mean(0).exp().tolist(), strict=True))

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from lit_sparse.callbacks.common import sparse_models
 from lit_sparse.distributed.gradients import gradient_norms
-from lit_sparse.models import attention_layers
+from lit_sparse.models import attention_layers, law_layers
 
-PROJECTIONS = {"query": "q_proj", "key": "k_proj"}
+PROJECTIONS = {"query": "q_proj", "key": "k_proj", "query_key_value": "qkv_proj"}
+"""Phi-3 has all three in one matrix."""
 
 
 def projection_gradients(
     trainer: Trainer, pl_module: LightningModule
 ) -> dict[str, dict[int, Tensor]] | None:
-    """ "query" and "key" -> layer number -> L2 norm of the gradient of that projection.
+    """Name of `PROJECTIONS` -> layer number -> L2 norm of the gradient of that projection, of the
+    layers that obey a law.
 
     To be asked on every rank between backward and clipping, in `on_before_optimizer_step`: then it
     is the mean over micro-batches and ranks, and a gradient scaler has taken its factor out.
@@ -25,12 +27,13 @@ def projection_gradients(
     """
     places, parameters, first = [], [], 0
     for model in sparse_models(pl_module):
-        layers = attention_layers(model)
+        layers, obeying = attention_layers(model), law_layers(model)
         for name, projection in PROJECTIONS.items():
             for layer, module in layers:
-                own = list(getattr(module, projection).parameters())
-                places += [(name, first + layer)] * len(own)
-                parameters += own
+                if layer in obeying and hasattr(module, projection):
+                    own = list(getattr(module, projection).parameters())
+                    places += [(name, first + layer)] * len(own)
+                    parameters += own
         first += len(layers)
     norms = gradient_norms(trainer, parameters)
     if norms is None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_sparse.callbacks.common import add_figure, sparse_models
 from lit_sparse.callbacks.heatmap import heat_maps
 from lit_sparse.callbacks.sampler import Moment, Sample, Settings, layers_and_heads, sampler_of
+from lit_sparse.models import windows_everywhere
 
 
 class SampledAttentionMonitor(Callback):
@@ -32,7 +34,8 @@ class SampledAttentionMonitor(Callback):
             their number).
         min_context: keys that a sampled row sees at least.
         seed: of the rows.
-        layers: layers to watch; None: all.
+        layers: layers to watch; None: all that obey a law (one with a sliding window of its own
+            loses nothing).
         heads: query heads to watch; None: all.
 
     Raises:
@@ -70,6 +73,8 @@ class SampledAttentionMonitor(Callback):
             None if heads is None else tuple(sorted(set(heads))),
         )
         self._moment: Moment | None = None
+        self._layers: Sequence[int] | None = self.settings.layers
+        """Numbers of the rows of a figure; None: from 0."""
 
     @property
     def watched(self) -> list[list[int] | None]:
@@ -86,7 +91,7 @@ class SampledAttentionMonitor(Callback):
         """A figure of values by layer and head, [layers, heads] each; all-NaN ones are left out."""
         real = {name: value for name, value in panels.items() if not value.isnan().all()}
         if real:
-            numbers = {"layers": self.settings.layers, "heads": self.settings.heads}
+            numbers = {"layers": self._layers, "heads": self.settings.heads}
             title = f"{title}, step {trainer.global_step}"
             add_figure(trainer, tag, partial(heat_maps, real, title, **numbers))
 
@@ -94,14 +99,16 @@ class SampledAttentionMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_fit_start: a SparseAttention callback may stand behind this one.
-        sparse_models(pl_module)
-        name = type(self).__name__
-        for key, there in zip(("layers", "heads"), layers_and_heads(pl_module), strict=True):
-            unknown = sorted(set(getattr(self.settings, key) or ()) - set(range(there)))
+        models, name = sparse_models(pl_module), type(self).__name__
+        layers, heads = layers_and_heads(pl_module)
+        if not layers:
+            rank_zero_warn(f"{name} measures nothing: {windows_everywhere(models[0])}")
+        for key, there in (("layers", layers), ("heads", heads)):
+            unknown = sorted(set(getattr(self.settings, key) or ()) - set(there))
             if unknown:
-                raise ValueError(
-                    f"{name} {key} names {unknown}, but the model has {key} 0 to {there - 1}"
-                )
+                raise ValueError(f"{name} {key} names {unknown}, but {_known(key, there)}")
+        if layers != list(range(len(layers))):
+            self._layers = self._layers or layers
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -126,6 +133,12 @@ class SampledAttentionMonitor(Callback):
     ) -> None:
         self._moment = None
         sampler_of(trainer, self.settings).stop()
+
+
+def _known(key: str, there: Sequence[int]) -> str:
+    if list(there) == list(range(len(there))):
+        return f"the model has {key} 0 to {len(there) - 1}"
+    return f"{key} {', '.join(map(str, there))} have no sliding window of their own"
 
 
 def log2_bucket(context: Tensor) -> Tensor:

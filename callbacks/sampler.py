@@ -12,12 +12,13 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lit_sparse.attention import Selection
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import STATISTICS, RowStatistics
 from lit_sparse.callbacks.common import sparse_models
 from lit_sparse.callbacks.step_seed import seed_of
 from lit_sparse.distributed import ranks_of
-from lit_sparse.models import Observation, budget_of, observe
+from lit_sparse.models import Observation, budget_of, law_layers, observe
 
 Moment = tuple[int, int, int]
 """One micro-batch of a run: epoch, batch of the epoch, optimizer step."""
@@ -102,13 +103,11 @@ class Sampler:
         self._moment, first = moment, 0
         heads = self._watched(pl_module)[1]
         for model in sparse_models(pl_module):
-            count = model.config.num_hidden_layers
             chosen = self.settings.layers
-            own = range(count) if chosen is None else [i - first for i in chosen]
+            own = [i for i in law_layers(model) if chosen is None or first + i in chosen]
             observer = self._observer(trainer, model, first, heads)
-            watch = observe(model, observer, [i for i in own if 0 <= i < count])
-            self._watches.append(watch)
-            first += count
+            self._watches.append(observe(model, observer, own))
+            first += model.config.num_hidden_layers
 
     def stop(self) -> None:
         """Observe no more, and forget what was observed."""
@@ -129,10 +128,8 @@ class Sampler:
 
     def _watched(self, pl_module: LightningModule) -> tuple[list[int], list[int]]:
         """Numbers of the layers and of the query heads."""
-        chosen = (self.settings.layers, self.settings.heads)
-        counts = layers_and_heads(pl_module)
-        layers, heads = (list(n or range(m)) for n, m in zip(chosen, counts, strict=True))
-        return layers, heads
+        layers, heads = layers_and_heads(pl_module)
+        return list(self.settings.layers or layers), list(self.settings.heads or heads)
 
     def _observer(
         self, trainer: Trainer, model: Any, first: int, watched: list[int]
@@ -154,7 +151,7 @@ class Sampler:
             out: Tensor,
             lse: Tensor,
             selection: Selection,
-            scale: float,
+            options: Options,
             documents: Any,
         ) -> None:
             if first + layer in self._seen:
@@ -164,7 +161,7 @@ class Sampler:
             rows = sample_rows(selection.plan, share, generator, chosen.min_context)
             if not len(rows) or not heads:
                 return
-            found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse, heads=heads)
+            found = probe_rows(q, k, v, selection, rows, options, out=out, lse=lse, heads=heads)
             # As many as `rows` on each rank: a share may be one row, which is alike to nothing.
             generator.manual_seed(seed)
             rows = sample_rows(selection.plan, chosen.rows, generator, chosen.min_context)
@@ -222,11 +219,16 @@ def sampler_of(trainer: Trainer, settings: Settings) -> Sampler:
     return _samplers.setdefault(trainer, {}).setdefault(settings, Sampler(settings))
 
 
-def layers_and_heads(pl_module: LightningModule) -> tuple[int, int]:
-    """Attention layers of all sparse models together, and query heads of the one with the most."""
-    configs = [model.config for model in sparse_models(pl_module)]
-    heads = max(config.num_attention_heads for config in configs)
-    return sum(config.num_hidden_layers for config in configs), heads
+def layers_and_heads(pl_module: LightningModule) -> tuple[list[int], list[int]]:
+    """Numbers of the layers that obey a law, those of all sparse models numbered through, and of
+    the query heads of the model with the most.
+    """
+    layers, heads, first = [], 0, 0
+    for model in sparse_models(pl_module):
+        layers += [first + layer for layer in law_layers(model)]
+        heads = max(heads, model.config.num_attention_heads)
+        first += model.config.num_hidden_layers
+    return layers, list(range(heads))
 
 
 def _similarity(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lit_sparse.models import (
     Observation,
     budget_of,
     is_sparse,
+    law_layers,
     law_of,
     observe,
     restore_frequencies,
@@ -30,11 +31,12 @@ class SparseAttention(Callback):
 
     Logs, where the trainer logs, `curriculum/budget` (keys of a query at the end of the longest
     document of the batches) and `curriculum/density` (kept causal pairs / causal pairs, mean of
-    layers, heads and ranks).
+    heads, ranks and the layers that obey a law).
 
     Args:
         budget: the law k(n), where a stage of `ContextCurriculum` sets none.
-        layers: budgets of single layers; `Budget.dense()` keeps a layer dense.
+        layers: budgets of single layers; `Budget.dense()` keeps a layer dense. Layers with a
+            sliding window of their own keep that and are not named.
         block: keys kept or dropped together; a power of two.
         tile: queries that share a selection; a power of two, or None for the default.
         score: "mass", "mean", "minmax" or "exact".
@@ -94,7 +96,7 @@ class SparseAttention(Callback):
         if trainer.global_step == 0 or (trainer.global_step + 1) % every == 0:
             self._selections = []
             for model in transformers_models(pl_module):
-                self._watch.append(observe(model, self._keep))
+                self._watch.append(observe(model, self._keep, law_layers(model)))
 
     def _keep(self, layer: int, *tensors_and_selection: Any) -> None:
         self._selections += [x for x in tensors_and_selection if isinstance(x, Selection)]

@@ -4,7 +4,7 @@ A tile's rows (its queries, of all heads of the group) against its kept keys are
 attention, and tiles with equally long lists are a batch of them. Few tiles a thread are in work at
 a time, so that their logits stay in that core's cache from one product to the next. Logits are in
 units of log 2, because exp2 costs a quarter of exp in PyTorch's CPU kernels. Only the last keys of
-a list, those of the late and diagonal blocks, need a mask.
+a list, those of the late and diagonal blocks, need a mask; under a window all of them do.
 """
 
 from __future__ import annotations
@@ -95,21 +95,9 @@ class _Grid:
 
 
 def check(q: Tensor, sinks: Tensor | None, selection: Selection, options: Options) -> None:
-    """Refuse what this backend does not have.
-
-    Raises:
-        ValueError: tensors of another device.
-        NotImplementedError: a window, a soft cap or sinks.
-    """
+    """ValueError for tensors of another device."""
     if q.device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got {q.device}")
-    given = {"window": options.window, "softcap": options.softcap, "sinks": sinks}
-    for name, value in given.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name}: the cpu backend does not have it; pass backend='reference' (quadratic "
-                "memory), or CUDA tensors"
-            )
 
 
 def forward(
@@ -121,17 +109,19 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]; see `sparse_attention` for the arguments."""
-    scale = options.scale
-    grid = _Grid(q, k, v, selection)
+    grid, softcap = _Grid(q, k, v, selection), options.softcap
+    factor = _factor(options)
     out, lse = torch.empty_like(grid.q), grid.q.new_empty(*grid.q.shape[:2], 1)
-    for batch in _batches(grid):
-        rows = grid.q[batch.items].mul_(scale * _LOG2E)
+    for batch in _batches(grid, options.window):
+        rows = grid.q[batch.items].mul_(factor)
         outs, lses = torch.empty_like(rows), rows.new_empty(*rows.shape[:2], 1)
         for step in batch.steps(rows.shape[1], batch.blocks.shape[1] * grid.plan.block):
             keys = grid.gather("keys", grid.k, batch.blocks[step])
             values = grid.gather("values", grid.v, batch.blocks[step])
             logits = grid.buffer("logits", len(keys), rows.shape[1], keys.shape[1])
             torch.bmm(rows[step], keys.transpose(1, 2), out=logits)
+            if softcap is not None:
+                logits.tanh_().mul_(softcap * _LOG2E)
             masked = logits.unflatten(1, (grid.groups, -1))[..., batch.whole :]
             masked.add_(batch.mask[step][:, None])
             largest = logits.amax(-1, keepdim=True)
@@ -140,7 +130,11 @@ def forward(
             torch.bmm(weights, values, out=outs[step]).div_(total)
             lses[step] = largest.add_(total.log2_())
         out[batch.items], lse[batch.items] = outs, lses.div_(_LOG2E)
-    return grid.rows(out).to(q.dtype), grid.rows(lse)[..., 0]
+    packed, total = grid.rows(out), grid.rows(lse)[..., 0]
+    if sinks is not None:
+        of_keys, total = total, torch.logaddexp(total, sinks.to(total.dtype))
+        packed = packed * (of_keys - total).exp_()[..., None]
+    return packed.to(q.dtype), total
 
 
 def backward(
@@ -153,21 +147,25 @@ def backward(
     lse: Tensor,
     selection: Selection,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the sinks.
+
+    A sink changes nothing but the denominator, and out and lse have that: from them the weights
+    and the gradients of q, k and v follow as without one.
 
     Logits stand transposed, [keys, rows]: in this layout no product but the small dQ reads a
     transposed left operand, which PyTorch's matrix library takes a third longer for.
     """
-    scale = options.scale
-    grid = _Grid(q, k, v, selection)
+    grid, softcap = _Grid(q, k, v, selection), options.softcap
+    factor = _factor(options)
     grads = grid.tiles(grad_out)
-    deltas = grid.tiles((out.to(grid.dtype) * grad_out).sum(-1, keepdim=True)).transpose(1, 2)
+    products = (out.to(grid.dtype) * grad_out).sum(-1)
+    deltas = grid.tiles(products[..., None]).transpose(1, 2)
     shifts = (grid.tiles(lse[..., None]) * _LOG2E).transpose(1, 2)
     dq, dk, dv = torch.empty_like(grid.q), torch.zeros_like(grid.k), torch.zeros_like(grid.v)
-    for batch in _batches(grid):
+    for batch in _batches(grid, options.window):
         rows, grad = grid.q[batch.items], grads[batch.items]
-        scaled, mask = rows * (scale * _LOG2E), batch.mask.transpose(1, 2).contiguous()
+        scaled, mask = rows * factor, batch.mask.transpose(1, 2).contiguous()
         shift, delta = shifts[batch.items], deltas[batch.items]
         d_rows = rows.new_empty(len(rows), rows.shape[2], rows.shape[1])
         for step in batch.steps(rows.shape[1], batch.blocks.shape[1] * grid.plan.block):
@@ -179,6 +177,10 @@ def backward(
             d_keys = grid.buffer("d_keys", *keys.shape)
 
             torch.bmm(keys, scaled[step].transpose(1, 2), out=logits)
+            if softcap is not None:
+                slopes = grid.buffer("slopes", *shape)
+                torch.mul(logits.tanh_(), logits, out=slopes).neg_().add_(1)
+                logits.mul_(softcap * _LOG2E)
             masked = logits.unflatten(2, (grid.groups, -1))[:, batch.whole :]
             masked.add_(mask[step][:, :, None])
             weights = logits.sub_(shift[step]).exp2_()
@@ -187,24 +189,36 @@ def backward(
 
             torch.bmm(values, grad[step].transpose(1, 2), out=d_logits)
             d_logits.sub_(delta[step]).mul_(weights)
+            if softcap is not None:
+                d_logits.mul_(slopes)
             torch.bmm(d_logits, rows[step], out=d_keys)
             dk.index_add_(0, blocks, d_keys.view(len(blocks), -1))
             torch.bmm(keys.transpose(1, 2), d_logits, out=d_rows[step])
         dq[batch.items] = d_rows.transpose(1, 2)
+    d_sinks = None
+    if sinks is not None:
+        shares = (sinks.to(lse.dtype) - lse).exp_()
+        d_sinks = -(shares * products).sum(0).to(sinks.dtype)
     return (
-        grid.rows(dq.mul_(scale)).to(q.dtype),
-        grid.keys(dk.mul_(scale)).to(k.dtype),
+        grid.rows(dq.mul_(options.scale)).to(q.dtype),
+        grid.keys(dk.mul_(options.scale)).to(k.dtype),
         grid.keys(dv).to(v.dtype),
-        None,
+        d_sinks,
     )
 
 
-def _batches(grid: _Grid) -> Iterator[_Batch]:
+def _factor(options: Options) -> float:
+    """Of the products: gives logits in units of log 2, or what the soft cap's tanh takes."""
+    return options.scale * (_LOG2E if options.softcap is None else 1 / options.softcap)
+
+
+def _batches(grid: _Grid, window: int | None) -> Iterator[_Batch]:
     """All (head, tile) pairs, those of like lists together, in a fixed order."""
     plan, selection = grid.plan, grid.selection
     total_blocks = int(plan.first_block[-1])
     first_block = torch.from_numpy(plan.first_block[plan.document])
-    shapes = np.stack([plan.full, np.diff(plan.offsets)], axis=1)
+    unmasked = plan.full if window is None else np.zeros_like(plan.full)
+    shapes = np.stack([unmasked, np.diff(plan.offsets)], axis=1)
     for whole, size in np.unique(shapes, axis=0).tolist():
         tiles = torch.from_numpy(np.flatnonzero((shapes == (whole, size)).all(1)))
         columns_per_row = (size - whole) * plan.block + grid.q.shape[2]
@@ -221,16 +235,18 @@ def _batches(grid: _Grid) -> Iterator[_Batch]:
                 # An empty slot gathers some block; its entry row hides it.
                 blocks=columns.clamp(min=0) + start[:, None],
                 whole=whole * plan.block,
-                mask=_mask(grid, tile, columns[:, whole:], entry),
+                mask=_mask(grid, tile, columns[:, whole:], entry, window),
             )
 
 
-def _mask(grid: _Grid, tile: Tensor, columns: Tensor, entry: Tensor) -> Tensor:
-    """Additive mask [N, tile, B * block] of late and diagonal blocks."""
+def _mask(grid: _Grid, tile: Tensor, columns: Tensor, entry: Tensor, window: int | None) -> Tensor:
+    """Additive mask [N, tile, B * block] of blocks that not every row sees whole."""
     plan = grid.plan
     row = torch.arange(plan.tile)
     position = torch.from_numpy(plan.start)[tile][:, None] + row
     key = (columns[..., None] * plan.block + torch.arange(plan.block)).flatten(1)
     seen = key[:, None, :] <= position[:, :, None]
     seen &= (row[:, None] >= entry[:, None, :]).repeat_interleave(plan.block, -1)
+    if window is not None:
+        seen &= position[:, :, None] - key[:, None, :] < window
     return torch.zeros(seen.shape, dtype=grid.dtype).masked_fill_(~seen, float("-inf"))

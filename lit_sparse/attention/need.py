@@ -3,7 +3,8 @@
 What is always kept (sink tokens, local window) is taken out and the rest renormalised: a sink that
 has nearly all the mass would otherwise hide how many keys the rest of it is spread over. The choice
 is an oracle's, which knows the weights; a selection that has to guess needs more. A sampled row is
-compared with its own context, so nothing of size n^2 exists.
+compared with its own context, so nothing of size n^2 exists. A learned sink (gpt-oss) is always
+kept as well: it changes no number here.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def rows_need(
     block: int = 64,
     sink: int = 64,
     local: int = 64,
-    scale: float | None = None,
+    options: Options | None = None,
 ) -> RowNeed:
     """How many keys packed `rows` need under dense causal attention.
 
@@ -77,10 +78,10 @@ def rows_need(
         block: keys of a block; the grid starts at each document's start.
         sink: tokens at a document's start that are always kept.
         local: nearest tokens that are always kept, the row's own included; 0 for none.
-        scale: softmax scale; None: D ** -0.5.
+        options: of the softmax, as observers get them; None: scale D ** -0.5.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: an argument does not fit, or the layer has a window; the message names it.
     """
     check_shapes(q, k)
     bounds = torch.tensor(boundaries("cu_seqlens", cu_seqlens, q.shape[0]))
@@ -95,7 +96,8 @@ def rows_need(
     rows = rows.cpu()
     if rows.dim() != 1 or bool(((rows < 0) | (rows >= q.shape[0])).any()):
         raise ValueError(f"rows must be int64 [R] within the {q.shape[0]} tokens, got {rows}")
-    scale = Options(q.shape[-1] ** -0.5 if scale is None else scale).scale
+    options = Options(q.shape[-1] ** -0.5) if options is None else options
+    options.refuse_window()
 
     document = torch.bucketize(rows, bounds[:-1], right=True) - 1
     context = rows - bounds[document] + 1
@@ -109,8 +111,8 @@ def rows_need(
             seen, where = int(context[part].max()), part.to(q.device)
             # The heads that share keys are rows of one product: keys are not repeated.
             queries = q[rows[part].to(q.device)].to(dtype).unflatten(1, (k.shape[1], -1))
-            logits = scale * (queries.permute(1, 2, 0, 3).flatten(1, 2) @ keys[..., :seen])
-            logits = logits.view(q.shape[1], len(part), seen)
+            products = queries.permute(1, 2, 0, 3).flatten(1, 2) @ keys[..., :seen]
+            logits = options.cap(products.mul_(options.scale)).view(q.shape[1], len(part), seen)
             n = context[part].to(q.device)
             for name, value in _needs(logits, n, missed, block, sink, local).items():
                 found[name][where] = value.T.to(dtype)

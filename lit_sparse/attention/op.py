@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,7 +43,7 @@ def sparse_attention(
             device and dtype); None: by device, and PyTorch's dense kernel where the lengths alone
             say that the selection keeps everything.
         window: how many of the nearest keys a row sees, its own included: a token-exact sliding
-            window inside the kept blocks. Not on the cpu backend, like the next two.
+            window inside the kept blocks (`select` with the same `window` keeps what it needs).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         sinks: [Hq], a logit of each head that takes its share of the softmax and gives no value
             (gpt-oss); differentiable.
@@ -53,7 +54,6 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes do not fit the selection, or the backend cannot take these tensors.
-        NotImplementedError: the backend lacks an option; the message says which has it.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = Options(scale, window, softcap)
@@ -75,8 +75,11 @@ def runs_dense(
     q: Tensor, sinks: Tensor | None, selection: Selection, options: Options, backend: str | None
 ) -> bool:
     """Whether PyTorch's dense kernel computes the same and is faster: by lengths alone."""
-    whole = selection.keeps_everything and options.plain and sinks is None
-    return backend is None and whole and dense.has_kernel(q, selection.plan)
+    plan = selection.plan
+    whole = plan.keeps_everything and options.softcap is None and sinks is None
+    if options.window is not None:
+        whole = whole and options.window >= np.diff(plan.keys).max(initial=0)
+    return backend is None and whole and dense.has_kernel(q, plan)
 
 
 class _SparseAttention(torch.autograd.Function):

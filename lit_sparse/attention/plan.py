@@ -71,6 +71,11 @@ class Plan:
         return not bool(self.sparse.any())
 
     @property
+    def chooses(self) -> bool:
+        """Whether data has a say in the lists."""
+        return bool(self.counts[:, [_BASE, _LATE]].any())
+
+    @property
     def full(self) -> Ints:
         """Blocks of each list that every row sees whole: sink, base and local."""
         return self.counts[:, : _LOCAL + 1].sum(1)
@@ -177,12 +182,18 @@ def late_rows(late: int, tile: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def make_plan(
-    queries: tuple[int, ...], keys: tuple[int, ...], budget: Budget, block: int, tile: int
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    budget: Budget,
+    block: int,
+    tile: int,
+    window: int | None = None,
 ) -> Plan:
     """The plan of documents whose packed boundaries are `queries` and `keys` (cu_seqlens).
 
     The lists of a tile follow from its nominal end `t0 + tile` even where the document ends
     earlier: what a longer document would hold after a token must not change what the token sees.
+    With a `window` they are the blocks that hold a key of some row's window, whatever the budget.
     """
     key_lengths = np.diff(keys)
     tiles_of = -(-np.diff(queries) // tile)
@@ -191,16 +202,20 @@ def make_plan(
     start = (key_lengths - np.diff(queries))[document] + index * tile
     end = start + tile
 
-    k = budget(torch.from_numpy(end)).numpy()
-    window = np.ceil(budget.local * np.maximum(k - budget.sink, 0) - _ROUNDING).astype(np.int64)
-    window = np.maximum(window, tile + block)
+    if window is None:
+        k = budget(torch.from_numpy(end)).numpy()
+        local = np.ceil(budget.local * np.maximum(k - budget.sink, 0) - _ROUNDING).astype(np.int64)
+        local, sinks = np.maximum(local, tile + block), -(-budget.sink // block)
+        wanted = -(-k // block)
+    else:
+        # The first row's window reaches the furthest back, to t0 - window + 1.
+        local, sinks, wanted = np.full_like(start, window - 1), 0, np.zeros_like(start)
 
     visible = -(-end // block)
     complete = start // block
-    first_local = np.maximum(start - window, 0) // block
-    sink = np.minimum(-(-budget.sink // block), first_local)
+    first_local = np.maximum(start - local, 0) // block
+    sink = np.minimum(sinks, first_local)
     always = sink + visible - first_local
-    wanted = -(-k // block)
     kept = np.maximum(wanted, always)
     sparse = kept < visible
     chosen = np.where(sparse, kept - always, 0)
@@ -214,7 +229,7 @@ def make_plan(
     counts = np.stack(
         [sink, chosen - late, complete - first_local, late, existing - complete], axis=1
     ).astype(np.int64)
-    raised = sparse & (wanted < always)
+    raised = sparse & (wanted < always) & (window is None)
     return Plan(
         tile=tile,
         block=block,

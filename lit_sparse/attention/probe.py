@@ -5,7 +5,8 @@ of size n^2 ever exists. Formulas: for a kept set S of a row with softmax p, cap
 sum of p over S = exp(lse_S - lse); tau is also the total-variation distance to the renormalised
 restriction p_S, and KL(p_S || p) = -ln(1 - tau) = lse - lse_S. See "How Sparse Attention
 Approximates Exact Attention?" (arXiv 2404.02690) for what it claims of k(n) = alpha * n^C; the
-quantities here are measured, not bounded.
+quantities here are measured, not bounded. A learned sink (`Options.sinks`) is one more key, which
+is always kept and has no value: with it in both log-sum-exps the formulas hold as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.plan import Plan
 from lit_sparse.attention.row_statistics import SINK_TOKENS, STATISTICS, RowStatistics
 from lit_sparse.attention.selection import Selection
@@ -50,7 +52,7 @@ def probe_rows(
     v: Tensor,
     selection: Selection,
     rows: Tensor,
-    scale: float | None = None,
+    options: Options | None = None,
     *,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -61,13 +63,17 @@ def probe_rows(
     Args:
         q: [T, Hq, D]; k, v: [Tk, Hkv, D]; the tensors that `selection` was made from.
         rows: int64 [R], for example from `sample_rows`.
-        scale: softmax scale; None: D ** -0.5.
+        options: of the softmax, as observers get them; None: scale D ** -0.5.
         out, lse: what `sparse_attention` gave, [T, Hq, D] and [T, Hq]; then the gap is that of the
             operator that ran, rounding included. None: the definition's, computed here.
         heads: query heads to look at, H of them; None: all.
+
+    Raises:
+        ValueError: of a layer with a window, which is all that it has of dense attention.
     """
     plan, device = selection.plan, q.device
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(q.shape[-1] ** -0.5) if options is None else options
+    options.refuse_window()
     group = q.shape[1] // k.shape[1]
     asked = torch.arange(q.shape[1]) if heads is None else torch.tensor(heads)
     # Whole groups: the query heads of a key-value head read the same keys.
@@ -99,11 +105,15 @@ def probe_rows(
                 seen, where = int(context[part].max()), part.to(device)
                 row = rows[part].to(device)
                 queries = _by_head(q[row], head).unflatten(0, (-1, group)).flatten(1, 2)
-                logits = (scale * queries) @ keys[:, :seen].transpose(1, 2)
+                logits = (options.scale * queries) @ keys[:, :seen].transpose(1, 2)
+                logits = options.cap(logits)
                 logits = logits.unflatten(1, (group, -1)).flatten(0, 1)
                 n = context[part].to(device)
                 hidden = torch.arange(seen, device=device) >= n[:, None]
                 found, p, log_total, largest = _sharpness(logits, hidden, n)
+                learned = None if options.sinks is None else options.sinks[head, None] - largest
+                share, log_total = _with_sink(log_total, learned)
+                found["sink_mass"] = 1 - share * (1 - found["sink_mass"])
 
                 blocks = kept[some][:, where, : -(-seen // plan.block)]
                 blocks = blocks.repeat_interleave(group, 0)
@@ -112,13 +122,14 @@ def probe_rows(
                     mask = blocks.repeat_interleave(plan.block, -1)[..., :seen]
                     logits -= largest[..., None]
                     logits.masked_fill_(~mask | hidden, -math.inf)
-                    kl = log_total - logits.logsumexp(-1)
-                    sparse = _times(logits.softmax(-1), values)
+                    kept_share, log_kept = _with_sink(logits.logsumexp(-1), learned)
+                    kl = log_total - log_kept
+                    sparse = _times(logits.softmax(-1), values) * kept_share[..., None]
                 else:
                     kl = log_total + largest - lse[row][:, head].T.to(logits.dtype)
                     sparse = _by_head(out[row], head)
                 found["kl"] = kl.clamp(min=0)
-                dense = _times(p, values)
+                dense = _times(p, values) * share[..., None]
                 tiny = torch.finfo(dense.dtype).tiny
                 error = (dense - sparse).norm(dim=-1) / dense.norm(dim=-1).clamp(min=tiny)
                 found["output_error"] = error
@@ -141,6 +152,14 @@ def _times(p: Tensor, values: Tensor) -> Tensor:
     """Weights [H, R, n] of the values [Hkv, N, D], of which a row sees the first n: [H, R, D]."""
     grouped = p.unflatten(0, (len(values), -1)).flatten(1, 2) @ values[:, : p.shape[-1]]
     return grouped.unflatten(1, (-1, p.shape[1])).flatten(0, 1)
+
+
+def _with_sink(log_total: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The keys' share of the softmax, and its log-sum-exp, where a sink joins that of the keys."""
+    if sink is None:
+        return torch.ones_like(log_total), log_total
+    both = torch.logaddexp(log_total, sink.to(log_total.dtype))
+    return (log_total - both).exp(), both
 
 
 def _sharpness(

@@ -15,7 +15,9 @@ SINK_TOKENS = 4
 class RowStatistics:
     """Statistics of R sampled rows, float32 [R, H] but for `context`; H query heads.
 
-    "Dense" means the softmax over all causal keys of the row's document.
+    "Dense" means the softmax over all causal keys of the row's document. A learned sink of the head
+    (gpt-oss) counts as a key that is always kept: it has its part in the kept mass, never in the
+    dropped one. Entropies, weights, collisions and recall are of the keys alone, renormalised.
     """
 
     context: Tensor
@@ -39,7 +41,7 @@ class RowStatistics:
     softmax's Jacobian."""
     collision_without_sink: Tensor
     sink_mass: Tensor
-    """Dense mass of the first SINK_TOKENS keys."""
+    """Dense mass of the first SINK_TOKENS keys, and of the learned sink where there is one."""
     logit_std: Tensor
     """Standard deviation of the row's logits (sigma)."""
     logit_max: Tensor

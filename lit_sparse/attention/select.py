@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.attention.layout import key_blocks
+from lit_sparse.attention.options import check_window
 from lit_sparse.attention.plan import Plan, late_rows, make_plan
 from lit_sparse.attention.scores import RowScores, Scorer, get_scorer
 from lit_sparse.attention.selection import Selection
@@ -41,6 +42,8 @@ def select(
     tile: int | None = None,
     score: str | RowScores | Scorer = "mass",
     backend: str | None = None,
+    *,
+    window: int | None = None,
 ) -> Selection:
     """Choose the key blocks that each tile of queries attends to.
 
@@ -63,10 +66,12 @@ def select(
             complete blocks [H, N, block, D] themselves.
         backend: "triton" (CUDA, score="mass") or "torch" (any device and scorer); None: "triton"
             where it can.
+        window: of a layer that sees its nearest `window` keys and no others (the `window` of
+            `sparse_attention`): the blocks that hold them are kept, whatever the budget.
 
     Raises:
-        ValueError: shapes, boundaries, block, tile or score do not fit; the message names the
-            argument.
+        ValueError: shapes, boundaries, block, tile, score or window do not fit; the message names
+            the argument.
     """
     check_shapes(q, k)
     if not isinstance(budget, Budget):
@@ -78,11 +83,12 @@ def select(
         )
     keys = queries if cu_seqlens_k is None else boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     _check(queries, keys, block, tile)
+    check_window(window)
     scorer = get_scorer(score)
 
     groups = q.shape[1] // k.shape[1]
     tile = tile_of(tile, queries, keys, groups)
-    plan = make_plan(queries, keys, budget, block, tile)
+    plan = make_plan(queries, keys, budget, block, tile, window)
     if plan.raised_to and (budget, block, tile) not in _warned:
         _warned.add((budget, block, tile))
         warnings.warn(
@@ -99,7 +105,7 @@ def select(
     heads = k.shape[1]
     columns = plan.columns.to(q.device).repeat(heads, 1)  # a copy: the plan is shared
     entry = torch.zeros_like(columns)
-    if not plan.keeps_everything:
+    if plan.chooses:
         # Autocast would round the scores to bfloat16.
         with torch.autocast(q.device.type, enabled=False):
             base, late, late_entry = _choose(q, k, plan, scorer, scale)

@@ -24,6 +24,8 @@ class Feasibility:
     """
     measured: Tensor
     """float64 [lengths, layers, heads]: the mean range, along its straight line in ln n."""
+    layers: tuple[int, ...]
+    """Number of each layer in the model."""
 
     @property
     def infeasible(self) -> Tensor:
@@ -39,12 +41,12 @@ class Feasibility:
         ):
             if not bad.any():
                 continue
-            layer, head = divmod(int((required[:, None] - measured).argmax()), bad.shape[1])
+            place, head = divmod(int((required[:, None] - measured).argmax()), bad.shape[1])
             found.append(
                 f"At {n} tokens the logits of {int(bad.sum())} of {bad.numel()} heads are too "
-                f"narrow for the budget, whatever keys are chosen: layer {layer} head {head} is "
-                f"furthest off, it would need a range of {float(required[layer]):.1f} nats and has "
-                f"{float(measured[layer, head]):.1f}."
+                "narrow for the budget, whatever keys are chosen: layer "
+                f"{self.layers[place]} head {head} is furthest off, it would need a range of "
+                f"{float(required[place]):.1f} nats and has {float(measured[place, head]):.1f}."
             )
         return found
 
@@ -63,7 +65,7 @@ def feasibility(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"feasibility: lengths must be positive, got {list(lengths)}")
     n = torch.tensor(list(lengths))
-    k = torch.stack([law.of(layer)(n) for layer in range(len(fits.exponent))], dim=1)
+    k = torch.stack([law.of(layer)(n) for layer in fits.layers], dim=1)
     rest = (n - fits.always).clamp(min=1)[:, None]
     # Always-kept keys are no choice: the others have to do with what is left of the budget.
     chosen = (k - fits.always).clamp(min=1)
@@ -71,4 +73,4 @@ def feasibility(
     required = required_logit_range(rest.double(), torch.minimum(chosen, rest).double(), missed)
     away = (n.double() / fits.n_ref).log()[:, None, None]
     measured = (fits.logit_range + fits.logit_range_slope * away).clamp(min=0)
-    return Feasibility(tuple(lengths), required, measured)
+    return Feasibility(tuple(lengths), required, measured, fits.layers)

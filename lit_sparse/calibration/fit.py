@@ -91,6 +91,8 @@ class HeadFits:
     shortest: int
     longest: int
     """Least and most context that was measured."""
+    layers: tuple[int, ...]
+    """Number of each layer in the model."""
 
     @property
     def bend(self) -> Tensor:
@@ -233,6 +235,7 @@ def fit_heads(
         documents=documents,
         shortest=int(needs.context.min()),
         longest=int(needs.context.max()),
+        layers=needs.layers,
     )
 
 

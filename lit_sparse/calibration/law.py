@@ -74,14 +74,15 @@ def choose_law(
         sink, local, late: as in `Budget`.
         block: keys of a block.
     """
-    count = len(fits.exponent)
+    count = len(fits.layers)
+    # Places among the measured layers; numbers are what is said and written.
     dense = [
-        layer
-        for layer, verdicts in enumerate(fits.verdict)
+        place
+        for place, verdicts in enumerate(fits.verdict)
         if verdicts.count("proportional") >= len(verdicts) / 4
     ]
-    sparse = [layer for layer in range(count) if layer not in dense]
-    warnings = [_proportional(dense, count)] if dense else []
+    sparse = [place for place in range(count) if place not in dense]
+    warnings = [_proportional(_numbers(fits, dense), count)] if dense else []
     if not sparse:
         return ChosenLaw(Budget.dense(), {}, tuple(warnings))
 
@@ -93,14 +94,18 @@ def choose_law(
         floor = -(-shortest // block) * block
     law = Budget(alpha, exponent, floor=floor, sink=sink, local=local, late=late)
 
-    layers = {layer: Budget.dense() for layer in dense}
+    layers = {layer: Budget.dense() for layer in _numbers(fits, dense)}
     longest = fits.keys_at(fits.longest)[sparse] * fits.longest**-exponent
     needed = torch.quantile(torch.maximum(factor, longest), 0.9, dim=1)
-    for layer, own in zip(sparse, needed.tolist(), strict=True):
+    for layer, own in zip(_numbers(fits, sparse), needed.tolist(), strict=True):
         if own > _SLACK * alpha:
             layers[layer] = replace(law, alpha=_rounded_up(own))
     chosen = ChosenLaw(law, dict(sorted(layers.items())))
-    idle = [layer for layer in sparse if chosen.of(layer)(fits.longest) >= 0.9 * fits.longest]
+    idle = [
+        layer
+        for layer in _numbers(fits, sparse)
+        if chosen.of(layer)(fits.longest) >= 0.9 * fits.longest
+    ]
     if idle:
         warnings.append(
             f"The budget of {_layers(idle, count)} keeps 90 % and more of the keys at the longest "
@@ -130,7 +135,7 @@ def _doubts(fits: HeadFits, sparse: Sequence[int]) -> list[str]:
     ):
         own = heads[list(sparse)]
         if own.double().mean() > _CHANCE:
-            where = [layer for layer in sparse if heads[layer].any()]
+            where = _numbers(fits, [place for place in sparse if heads[place].any()])
             count = f"{int(own.sum())} of {own.numel()} heads"
             found.append(what.format(f"{count} ({_layers(where, len(heads))})"))
     return found
@@ -142,6 +147,10 @@ def _proportional(dense: Sequence[int], layers: int) -> str:
         f"In {_layers(dense, layers)} the need of a quarter of the heads, or more, is proportional "
         f"to the context: no sublinear budget is written for {them}, which {stays} dense."
     )
+
+
+def _numbers(fits: HeadFits, places: Sequence[int]) -> list[int]:
+    return [fits.layers[place] for place in places]
 
 
 def _layers(numbers: Sequence[int], count: int) -> str:

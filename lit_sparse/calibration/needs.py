@@ -46,6 +46,8 @@ class Needs:
         missed: share of the rest's mass that `keys` and `block_keys` may miss.
         block: keys of a block.
         sink, local: tokens that are always kept.
+        layers: number of each layer in the model; those with a sliding window of their own are not
+            measured. By default from 0.
 
     Raises:
         ValueError: shapes do not agree, or a value is not finite.
@@ -62,6 +64,7 @@ class Needs:
     block: int = 64
     sink: int = 64
     local: int = 64
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rows = tuple(self.document.shape)
@@ -79,6 +82,10 @@ class Needs:
                 )
             if not bool(value.isfinite().all()):
                 raise ValueError(f"Needs: {name} has values that are not finite")
+        count = self.keys.shape[1]
+        if len(layers := self.layers or tuple(range(count))) != count:
+            raise ValueError(f"Needs: layers names {len(layers)} layers, keys has {count}")
+        object.__setattr__(self, "layers", layers)
 
     def rest(self, which: str) -> Tensor:
         """int64 [N]: how many keys are a choice, of "keys" or of whole blocks."""
@@ -96,19 +103,20 @@ class Needs:
         block: int = 64,
         sink: int = 64,
         local: int = 64,
+        layers: Sequence[int] = (),
     ) -> Needs:
         """From (document, one `RowNeed` for each layer, of the same rows) of every document.
 
-        The options are those that `rows_need` was called with.
+        The options are those that `rows_need` was called with; `layers` are the layers' numbers.
         """
         documents, contexts = [], []
         found: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
-        for document, layers in measured:
-            context = layers[0].context.cpu()
+        for document, needs in measured:
+            context = needs[0].context.cpu()
             documents.append(torch.full_like(context, document))
             contexts.append(context)
             for name, values in found.items():
-                values.append(torch.stack([getattr(layer, name).cpu() for layer in layers], 1))
+                values.append(torch.stack([getattr(need, name).cpu() for need in needs], 1))
         if not documents:
             raise ValueError("Needs.gather: no documents were measured")
         return cls(
@@ -123,4 +131,5 @@ class Needs:
             block=block,
             sink=sink,
             local=local,
+            layers=tuple(layers),
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def load_pretrained(
 
     Rank 0 reads one tensor after the other; DeepSpeed sends it to all ranks, which keep their part
     of it. The names in the files have to be those of the model: what transformers renames or fuses
-    when it loads old checkpoints is not done here, and the `SUPPORTED` models need none of it.
+    when it loads a checkpoint is not done here: that of Mixtral's and Qwen3-MoE's experts is
+    refused, the other `SUPPORTED` models need none.
 
     Args:
         directory: as `save_pretrained` writes it. Every rank reads the headers of its files.
@@ -69,8 +70,21 @@ def load_pretrained(
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, parameter)
         # The engine moves nothing of a model that is sharded already.
-        rebuild_rope(model, torch.device(get_accelerator().current_device_name()))
+        _compute_buffers(model, torch.device(get_accelerator().current_device_name()))
     return model
+
+
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+    """The buffers that no file has: they follow from the config."""
+    rebuild_rope(model, device)
+    for module in model.modules():
+        if (factor := getattr(module, "scalar_embed_scale", None)) is not None:  # Gemma
+            cast(Any, module).embed_scale = torch.tensor(factor, device=device)
+    if empty := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise NotImplementedError(
+            f"ZeRO stage 3 cannot compute {empty[0]} of this {type(model).__name__}: set "
+            "strategy.stage to 2"
+        )
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -98,12 +112,20 @@ def _without_weights(
     directory: str | Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     config = pretrained_config(directory, trust_remote_code)
-    if config.model_type not in SUPPORTED:
+    kind = config.model_type
+    if kind in SUPPORTED and get_checkpoint_conversion_mapping(kind):
         raise ValueError(
-            f"model.pretrained: {directory} is of model_type {config.model_type}; ZeRO stage 3 "
-            f"loads {', '.join(SUPPORTED)} (set strategy.stage to 2 for other models)"
+            f"model.pretrained: {directory} is of model_type {kind}, whose files hold its experts "
+            "one by one: they are put together where the model is loaded whole, which ZeRO stage "
+            "3 does not do; set strategy.stage to 2"
+        )
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"model.pretrained: {directory} is of model_type {kind}; ZeRO stage 3 loads "
+            f"{', '.join(SUPPORTED)} (set strategy.stage to 2 for other models)"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

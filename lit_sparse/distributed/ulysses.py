@@ -115,6 +115,8 @@ def _exchange(config: Any, ranks: Ranks) -> Any:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         _check_call(query, key, attention_mask, kwargs.get("position_ids"))
+        if (sinks := kwargs.get("s_aux")) is not None:
+            kwargs["s_aux"] = sinks[ranks.own_heads(len(sinks))]
         return ulysses(layer, query, key, value, None, *args, **kwargs)
 
     return exchange

@@ -11,6 +11,7 @@ from lit_sparse.models.build import (
 )
 from lit_sparse.models.context import RopeOrigin, check_rule, extend_context, rule_parameters
 from lit_sparse.models.documents import Documents, find_documents
+from lit_sparse.models.observers import Observation, observe
 from lit_sparse.models.rope import (
     rebuild_rope,
     restore_frequencies,
@@ -19,14 +20,11 @@ from lit_sparse.models.rope import (
     set_rope,
 )
 from lit_sparse.models.sparsify import (
-    Observation,
     alpha_factor,
     budget_of,
     configured_law,
     dense_attention,
-    is_sparse,
     law_of,
-    observe,
     scale_budget,
     set_budget,
     set_dense,
@@ -35,13 +33,16 @@ from lit_sparse.models.sparsify import (
     unsparsify,
     whole_sequences,
 )
-from lit_sparse.models.state import Law
+from lit_sparse.models.state import Law, is_sparse
 from lit_sparse.models.support import (
     SUPPORTED,
     attention_layers,
     check_support,
     find_models,
+    law_layers,
     named_models,
+    window_of,
+    windows_everywhere,
 )
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "find_documents",
     "find_models",
     "is_sparse",
+    "law_layers",
     "law_of",
     "model_config",
     "named_models",
@@ -85,4 +87,6 @@ __all__ = [
     "unsparsify",
     "weight_files",
     "whole_sequences",
+    "window_of",
+    "windows_everywhere",
 ]

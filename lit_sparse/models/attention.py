@@ -58,6 +58,8 @@ def attend_whole(
             repeated.
         attention_mask: None or a 2D padding mask [batch, k_len].
         scaling: factor of the scores; None for 1 / sqrt(head_dim).
+        sliding_window: keys that a row of a layer with a window sees, its own included.
+        softcap, s_aux: of the scores, and the sinks [query heads]; see `sparse_attention`.
         others: see `find_documents`; kwargs of other attention functions are ignored.
 
     Returns:
@@ -65,7 +67,8 @@ def attend_whole(
 
     Raises:
         NotImplementedError: a feature of the layer that the operator lacks; layer and feature are
-        named.
+            named.
+        ValueError: no `sparsify`, or another window than then.
     """
     state = layer_state(module)
     if state is None:
@@ -74,7 +77,12 @@ def attend_whole(
             "lit_sparse.sparsify(model, budget)"
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    _refuse_unsupported(state, dropout, causal, sliding_window, softcap, s_aux)
+    _refuse_unsupported(state, dropout, causal)
+    if sliding_window != state.window:
+        raise ValueError(
+            f"{state.name} has a sliding window of {sliding_window} keys, but had {state.window} "
+            "when the model was made sparse: call sparsify again"
+        )
 
     # Under autocast RoPE leaves queries and keys in float32 while values are in half precision.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
@@ -83,16 +91,17 @@ def attend_whole(
     sources: ops.Sources = (attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     if torch.compiler.is_compiling():
         tensors = [torch.tensor(x) if isinstance(x, (tuple, list)) else x for x in sources]
-        asking, constants = (state.number, model.number), (scale, None, None, state.law)
-        return ops.attention(q, k, v, None, *tensors, *asking, *constants, model.backend)[0], None
+        constants = (scale, sliding_window, softcap, state.law, model.backend)
+        asking = (state.number, model.number)
+        return ops.attention(q, k, v, s_aux, *tensors, *asking, *constants)[0], None
     documents = ops.find(model, state.layer, q, k, sources)
     out, _, _ = ops.attend(
         q,
         k,
         v,
-        None,
+        s_aux,
         documents,
-        Options(scale),
+        Options(scale, sliding_window, softcap),
         read_law(state.law),
         model.backend,
         state.layer,
@@ -118,36 +127,17 @@ def padding_mask(
     return attention_mask
 
 
-def _refuse_unsupported(
-    state: LayerState,
-    dropout: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> None:
+def _refuse_unsupported(state: LayerState, dropout: float, causal: bool) -> None:
     refused = {
         f"attention dropout ({dropout})": (
             dropout > 0,
             "load the model with attention_dropout=0.0",
         ),
         "bidirectional attention (is_causal=False)": (not causal, "selection is causal"),
-        f"a sliding window (sliding_window={sliding_window})": (
-            sliding_window is not None,
-            "load the model without it (Budget(..., local=1) is a sliding window that grows)",
-        ),
-        f"a soft cap on the scores (softcap={softcap})": (
-            softcap is not None,
-            "models with it are not supported yet (sparse_attention takes softcap=)",
-        ),
-        "attention sinks (s_aux)": (
-            s_aux is not None,
-            "models with them are not supported yet (sparse_attention takes sinks=)",
-        ),
     }
     for feature, (present, advice) in refused.items():
         if present:
             raise NotImplementedError(
                 f"{state.name}: sparse attention does not support {feature}: {advice}, or call "
-                "unsparsify(model) to go back to sdpa"
+                "unsparsify(model) to go back to its own attention"
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse import theory
-from lit_sparse.models.support import attention_layers
+from lit_sparse.models.support import attention_layers, law_layers
 
 NEAR = 64
 """Distances from 0 on that `distances` has one by one."""
@@ -30,7 +30,7 @@ class LogitNorms:
     the host.
 
     Where the layer normalises queries and keys (QK-norm) they are those of the projections before
-    that, and only `ceiling` speaks about logits.
+    that, and only `ceiling` speaks about logits. A soft cap comes after all of it.
     """
 
     distances: Tensor
@@ -48,8 +48,9 @@ class LogitNorms:
 
     scale * head_dim * the largest product of the weights of both norms within a rotated pair of
     dimensions: normalised vectors have a length of sqrt(head_dim), and for some distance the
-    rotation turns one axis of the pair into the other.
+    rotation turns one axis of the pair into the other. Before the soft cap.
     """
+    softcap: float | None = None
 
     @property
     def mean_weight(self) -> Tensor:
@@ -61,15 +62,19 @@ class LogitNorms:
 
     def largest_logit(self, input_scale: float, n: int, delta: float) -> Tensor:
         """M: |s| <= M for all of n pairs with probability 1 - delta, float64 [H]; `ceiling` if
-        there is one.
+        there is one. After the soft cap, where there is one.
 
         `theory.largest_logit_bound` at the distance where it is largest. Assumes inputs of
         independent entries of mean 0 and |x| <= input_scale; query rows enter in root mean square
         (see `theory.logit_scale`), so a single row may exceed it. With the root mean square of the
         entries for `input_scale` it is an estimate and no bound.
         """
-        if self.ceiling is not None:
-            return self.ceiling
+        largest = self._largest(input_scale, n, delta) if self.ceiling is None else self.ceiling
+        if self.softcap is None:
+            return largest
+        return self.softcap * (largest / self.softcap).tanh()
+
+    def _largest(self, input_scale: float, n: int, delta: float) -> Tensor:
         of_weight = theory.logit_scale(input_scale, self.weight)
         scale = of_weight.hypot(input_scale * self.query_bias)
         offset = self.biases.hypot(input_scale * self.key_bias)
@@ -87,7 +92,7 @@ def distances(context: int, count: int = 256) -> Tensor:
 
 @torch.no_grad()
 def logit_norms(model: nn.Module, at: Tensor) -> dict[int, LogitNorms]:
-    """Layer number -> norms, of the attention layers of a supported model, in order.
+    """Layer number -> norms, of the layers of a supported model that obey a law, in order.
 
     Args:
         model: its rotation is taken as it stands: a "dynamic" one follows the last forward.
@@ -96,28 +101,54 @@ def logit_norms(model: nn.Module, at: Tensor) -> dict[int, LogitNorms]:
     Raises:
         ValueError: not a model whose layers are known.
     """
-    layers = attention_layers(model)
-    rotary = cast(Any, model).base_model.rotary_emb
-    angles = at.to(rotary.inv_freq.device)[:, None] * rotary.inv_freq.double()
+    obeying, rotary = law_layers(model), cast(Any, model).base_model.rotary_emb
+    # Gemma 3 has a rotation for each kind of layer.
+    kind = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
+    frequencies = getattr(rotary, f"{kind}inv_freq")
+    angles = at.to(frequencies.device)[:, None] * frequencies.double()
     # A key stands `distance` tokens before its query. YaRN scales both of them.
     rotation = (angles.cos().repeat(1, 2), -angles.sin().repeat(1, 2))
-    scaling = rotary.attention_scaling**2
-    return {layer: _norms(cast(Any, module), at, rotation, scaling) for layer, module in layers}
+    scaling = getattr(rotary, f"{kind}attention_scaling")
+    return {
+        layer: _norms(cast(Any, module), at, rotation, scaling)
+        for layer, module in attention_layers(model)
+        if layer in obeying
+    }
+
+
+def query_projection(module: nn.Module) -> nn.Linear:
+    """What gives an attention module its queries; in Phi-3 keys and values, too."""
+    return cast(Any, module).qkv_proj if hasattr(module, "qkv_proj") else cast(Any, module).q_proj
+
+
+def _query_and_key(module: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight [heads * dim, d_model] and bias of the two projections."""
+    if not hasattr(module, "qkv_proj"):
+        return [(x.weight, x.bias) for x in (module.q_proj, module.k_proj)]
+    config = module.config
+    counts = (config.num_attention_heads, 2 * config.num_key_value_heads)
+    query, both = module.qkv_proj.weight.split([n * module.head_dim for n in counts])
+    return [(query, None), (both.chunk(2)[0], None)]
 
 
 def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: float) -> LogitNorms:
-    dim, groups, scale = module.head_dim, module.num_key_value_groups, module.scaling * scaling
+    dim, groups = module.head_dim, module.num_key_value_groups
+    rotated = rotation[0].shape[1]
+    # What is not rotated is not scaled by YaRN either: head_dim - rotated dimensions.
+    size = torch.ones(dim, dtype=torch.float64, device=rotation[0].device)
+    size[:rotated] = scaling
 
-    def grams(projection: nn.Linear) -> tuple[Tensor, Tensor]:
+    def grams(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """[heads, dim, dim] of the weight, and of the bias as a single input."""
-        weight = projection.weight.unflatten(0, (-1, dim)).double()
+        weight = weight.unflatten(0, (-1, dim)).double() * size[:, None]
         of_weight = weight @ weight.mT
-        if projection.bias is None:
+        if bias is None:
             return of_weight, torch.zeros_like(of_weight)
-        bias = projection.bias.unflatten(0, (-1, dim)).double()
+        bias = bias.unflatten(0, (-1, dim)).double() * size
         return of_weight, bias[:, :, None] * bias[:, None, :]
 
-    (q, q_bias), (k, k_bias) = grams(module.q_proj), grams(module.k_proj)
+    scale = module.scaling
+    (q, q_bias), (k, k_bias) = (grams(*each) for each in _query_and_key(module))
     queries = torch.stack([q, q_bias], 1).unflatten(0, (-1, groups))
     # [Hkv, G, of weight or bias of q, of weight or bias of k, distances]
     squares = torch.stack([_rotated(queries, x, rotation) for x in (k, k_bias)], -2)
@@ -125,12 +156,15 @@ def _norms(module: Any, at: Tensor, rotation: tuple[Tensor, Tensor], scaling: fl
     (weight, key_bias), (query_bias, biases) = (x.unbind(1) for x in norms.unbind(1))
     ceiling = None
     if hasattr(module, "q_norm"):
+        # Of equal entries a norm leaves its gains: the weight, or 1 + weight in Gemma 3.
+        even = torch.full((dim,), 1e3, dtype=module.q_norm.weight.dtype, device=size.device)
         pairs = [
-            norm.weight.double().abs().view(2, -1).amax(0)
-            for norm in (module.q_norm, module.k_norm)
+            norm(even).double().abs().view(2, -1).amax(0) for norm in (module.q_norm, module.k_norm)
         ]
-        ceiling = (scale * dim * (pairs[0] * pairs[1]).max()).cpu().expand(len(weight))
-    return LogitNorms(at, weight, query_bias, key_bias, biases, ceiling)
+        ceiling = scale * scaling**2 * dim * (pairs[0] * pairs[1]).max()
+        ceiling = ceiling.cpu().expand(len(weight))
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    return LogitNorms(at, weight, query_bias, key_bias, biases, ceiling, softcap)
 
 
 def _rotated(queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -144,7 +178,9 @@ def _rotated(queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor]) -> 
     for cos, sin in zip(*(x.split(step) for x in rotation), strict=True):
         turned = keys[:, None]
         for _ in range(2):  # the columns, then the rows
-            turned = (turned * cos[:, None] + _half_turn(turned) * sin[:, None]).mT
+            first, rest = turned.tensor_split([cos.shape[1]], -1)
+            first = first * cos[:, None] + _half_turn(first) * sin[:, None]
+            turned = torch.cat([first, rest.expand(*first.shape[:-1], -1)], -1).mT
         parts.append(queries.flatten(1, -3).flatten(2) @ turned.flatten(2).mT)
     return torch.cat(parts, -1).unflatten(1, queries.shape[1:-2])
 

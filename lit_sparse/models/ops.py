@@ -8,6 +8,7 @@ only and is one for the whole model. Eager mode goes around it: it costs about 1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def attend(
     if not len(q):
         # Connected, so that every parameter has a gradient (DDP).
         out = q + k.sum() + v.sum()
+        out = out if sinks is None else out + sinks.sum().to(out.dtype)
         return out, out.new_zeros(out.shape[:2], dtype=_lse_dtype(out)), None
     scale = options.scale
     # Autocast would round the operator's float32 sums to its own dtype.
@@ -81,6 +83,7 @@ def attend(
             block=law.block,
             tile=law.tile,
             score=law.score,
+            window=options.window,
         )
         out, lse = sparse_attention(
             q,
@@ -93,7 +96,8 @@ def attend(
             softcap=options.softcap,
             sinks=sinks,
         )
-        model.notify(layer, (q, k, v, out, lse), selection, scale, documents)
+        seen = options if sinks is None else replace(options, sinks=sinks.detach())
+        model.notify(layer, (q, k, v, out, lse), selection, seen, documents)
     return out, lse, selection
 
 
@@ -196,7 +200,7 @@ def attention_backward(
     queries = documents.cu_seqlens
     keys = documents.cu_seqlens_k or queries
     tile = tile_of(obeyed.tile, queries, keys, q.shape[2] // k.shape[2])
-    plan = make_plan(queries, keys, obeyed.budget, obeyed.block, tile)
+    plan = make_plan(queries, keys, obeyed.budget, obeyed.block, tile, window)
     selection = Selection(plan, columns, entry)
 
     inputs = [pack(q, documents.queries), *(pack(x, documents.keys) for x in (k, v))]

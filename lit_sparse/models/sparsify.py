@@ -1,8 +1,9 @@
-"""Turn a transformers model sparse and back, watch its attention, run it densely for a while."""
+"""Turn a transformers model sparse and back, change its law, run it densely for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,10 +18,18 @@ from lit_sparse.models.state import (
     Law,
     LayerState,
     ModelState,
-    Observer,
+    find_state,
     layer_state,
+    require_state,
 )
-from lit_sparse.models.support import attention_layers, check_support, layer_names
+from lit_sparse.models.support import (
+    attention_layers,
+    check_support,
+    law_layers,
+    layer_names,
+    window_of,
+    windows_everywhere,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,11 +57,14 @@ def sparsify(
     compiled anew for another law and the first time that `set_dense` is used. Tell documents by
     position_ids, a mask or lengths in tensors; host integers would be constants of the graph.
 
+    A layer with a sliding window keeps it to the token, through the same operator, and obeys no
+    law: neither budget nor `set_dense` changes it.
+
     Args:
         model: a causal language model, or its base model, of a supported type (`SUPPORTED`).
         budget: keys per query as a function of the context; None takes the law from the model's
             config.
-        layers: budgets of single layers; `Budget.dense()` keeps one dense.
+        layers: budgets of single layers without a window; `Budget.dense()` keeps one dense.
         block: consecutive keys kept or dropped together, in tokens.
         tile: consecutive queries sharing a selection, in tokens; None for the operator's default.
         score: name of the block scorer.
@@ -62,8 +74,9 @@ def sparsify(
         The same model.
 
     Raises:
-        ValueError: unsupported model, unknown layer number, or no law to take.
-        NotImplementedError: a layer of the model has no full attention.
+        ValueError: unsupported model, a layer number that is unknown or of a sliding window, no law
+            to take, or an attention function of somebody else, which would be lost.
+        NotImplementedError: a layer has neither full attention nor a sliding window.
     """
     check_support(model)
     check_backend(backend)
@@ -76,66 +89,71 @@ def sparsify(
             "layers, block, tile and score need a budget: without one the whole law is taken from "
             f"config.{CONFIG_KEY}"
         )
-    modules = attention_layers(model)
-    unknown = sorted(set(law.layers) - {layer for layer, _ in modules})
-    if unknown:
-        raise ValueError(
-            f"layers names {unknown}, but the model has layers 0 to {len(modules) - 1}"
-        )
+    modules, names = attention_layers(model), layer_names(model)
+    _check_layers(model, law, names)
+    if modules and not law_layers(model):
+        warnings.warn(f"the law changes nothing: {windows_everywhere(model)}", stacklevel=2)
 
     _register()
     _transformers(model).set_attn_implementation(NAME)
-    state = _find_state(model)
+    state = find_state(model)
     if state is None:
         state = ModelState(law, backend)
     else:
         # The same object: observers of the model go on observing it.
         state.take(law)
         state.backend = backend
-    names = layer_names(model)
     for layer, module in modules:
-        setattr(module, NAME, LayerState(layer, names[layer], state))
+        own = LayerState(layer, names[layer], state, window_of(model, layer))
+        setattr(module, NAME, own)
     setattr(_transformers(model).config, CONFIG_KEY, law.to_dict())
     return model
 
 
+def _check_layers(model: nn.Module, law: Law, names: Mapping[int, str]) -> None:
+    unknown = sorted(set(law.layers) - set(names))
+    if unknown:
+        raise ValueError(f"layers names {unknown}, but the model has layers 0 to {len(names) - 1}")
+    for layer in law.layers:
+        if (window := window_of(model, layer)) is not None:
+            raise ValueError(
+                f"layers names {layer}, but {names[layer]} has a sliding window of {window} keys, "
+                "which it keeps: take it out"
+            )
+
+
 def unsparsify(model: Model) -> Model:
-    """Undo `sparsify`, in place: sdpa attention, nothing of ours on modules or in the config."""
+    """Undo `sparsify`, in place: sdpa attention, or eager where the model has no sdpa, and nothing
+    of ours on modules or in the config.
+    """
     for _, module in attention_layers(model):
         if layer_state(module) is not None:
             delattr(module, NAME)
     transformers_model = _transformers(model)
     if transformers_model.config._attn_implementation == NAME:
-        transformers_model.set_attn_implementation("sdpa")
+        own = "sdpa" if transformers_model._supports_sdpa else "eager"
+        transformers_model.set_attn_implementation(own)
     if hasattr(transformers_model.config, CONFIG_KEY):
         delattr(transformers_model.config, CONFIG_KEY)
     return model
 
 
-def is_sparse(model: nn.Module) -> bool:
-    """Whether the model runs our attention at the moment; a law in its config alone is not that."""
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != NAME:
-        return False
-    return _find_state(model) is not None
-
-
 def law_of(model: nn.Module) -> Law:
     """The law of a sparsified model; ValueError if it is not one."""
-    return _require_state(model).law
+    return require_state(model).law
 
 
 def configured_law(model: nn.Module) -> Law:
     """The law of a sparsified model as `sparsify` and `set_budget` gave it: `law_of` without
     `alpha_factor`.
     """
-    state = _require_state(model)
+    state = require_state(model)
     return replace(state.given, budget=state.budget or state.given.budget)
 
 
 def alpha_factor(model: nn.Module) -> float:
     """What `scale_budget` multiplies every alpha of a sparsified model by; 1 where it did not."""
-    return _require_state(model).alpha_factor
+    return require_state(model).alpha_factor
 
 
 def set_budget(model: nn.Module, budget: Budget | None) -> None:
@@ -144,7 +162,7 @@ def set_budget(model: nn.Module, budget: Budget | None) -> None:
     The model's config follows. None gives them back the budget of `sparsify`. Cheap: nothing is
     registered again; a compiled graph is compiled anew once for each law.
     """
-    _change_law(model, budget, _require_state(model).alpha_factor)
+    _change_law(model, budget, require_state(model).alpha_factor)
 
 
 def scale_budget(model: nn.Module, factor: float) -> None:
@@ -153,11 +171,11 @@ def scale_budget(model: nn.Module, factor: float) -> None:
     The factor is of the budgets as `sparsify` and `set_budget` give them, before and after: a
     second call replaces the first. The model's config follows.
     """
-    _change_law(model, _require_state(model).budget, factor)
+    _change_law(model, require_state(model).budget, factor)
 
 
 def _change_law(model: nn.Module, budget: Budget | None, alpha_factor: float) -> None:
-    state = _require_state(model)
+    state = require_state(model)
     before = state.law
     state.change(budget, alpha_factor)
     if state.law == before:
@@ -169,27 +187,30 @@ def _change_law(model: nn.Module, budget: Budget | None, alpha_factor: float) ->
 
 def budget_of(model: nn.Module, layer: int | None = None) -> Budget:
     """What a layer of a sparsified model obeys at the moment; None: those without a budget of their
-    own.
+    own. Of a layer with a sliding window: as many keys as that has.
     """
-    state = _require_state(model)
+    state = require_state(model)
+    if layer is not None and (window := window_of(model, layer)) is not None:
+        return Budget.fixed(window, sink=0, local=1.0)
     if state.dense:
         return Budget.dense()
     return state.law.budget if layer is None else state.law.of(layer)
 
 
 def set_dense(model: nn.Module, dense: bool) -> None:
-    """Let every layer of a sparsified model see all keys, or obey the law again.
+    """Let every layer of a sparsified model see all keys (of its window, where it has one), or obey
+    the law again.
 
     The switch is of this process (a dense stage of training); law and config stay as they are.
     """
-    _require_state(model).dense = dense
+    require_state(model).dense = dense
 
 
 def set_exchange(model: nn.Module, exchange: Callable[..., Any] | None) -> None:
     """Let the ranks of a sequence-parallel group exchange heads for tokens around each attention
     call of a sparsified model; None: every call has whole sequences. Of this process.
     """
-    _require_state(model).exchange = exchange
+    require_state(model).exchange = exchange
 
 
 @contextmanager
@@ -197,7 +218,7 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
     """Inside, a sparsified model is called with whole sequences on every rank, as generation does,
     although sequence-parallel ranks share those of training.
     """
-    state = _require_state(model)
+    state = require_state(model)
     before, state.exchange = state.exchange, None
     try:
         yield
@@ -207,65 +228,17 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dense_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, every layer of a sparsified model has `Budget.dense()`: dense attention per document.
+    """Inside, every layer of a sparsified model has `Budget.dense()`: dense attention per document,
+    within its window where it has one.
 
     With activation checkpointing, call backward inside as well: it runs the layers again.
     """
-    state = _require_state(model)
+    state = require_state(model)
     before, state.dense = state.dense, True
     try:
         yield
     finally:
         state.dense = before
-
-
-class Observation:
-    """Handle of an observer: a context manager that ends the observation, or `remove()` does."""
-
-    def __init__(self, state: ModelState, entry: tuple[Observer, frozenset[int] | None]) -> None:
-        self._state = state
-        self._entry = entry
-        state.observers.append(entry)
-
-    def remove(self) -> None:
-        """Stop observing. A second call does nothing."""
-        # By identity: the same function may observe twice.
-        self._state.observers = [e for e in self._state.observers if e is not self._entry]
-
-    def __enter__(self) -> Observation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def observe(model: nn.Module, fn: Observer, layers: Iterable[int] | None = None) -> Observation:
-    """Have a function called after each sparse attention call, with what went in and came out.
-
-    The call is `fn(layer, q, k, v, out, lse, selection, scale, documents)`. The tensors are packed
-    and detached: q, out [T, Hq, D], k, v [Tk, Hkv, D], lse [T, Hq]; `documents` says which tokens
-    belong together. When activation checkpointing computes a layer again, nobody is called. Any
-    number of observers may watch a model, and end in any order. A compiled model calls them too,
-    without a new graph; it may use the tensors' memory again afterwards, so clone what you keep
-    (the selection is yours).
-
-    Args:
-        model: a sparsified model.
-        fn: the observer; what it raises ends the forward.
-        layers: layer numbers to watch; None for all.
-
-    Raises:
-        ValueError: the model is not sparsified, or has no such layer.
-    """
-    state = _require_state(model)
-    watched = None if layers is None else frozenset(layers)
-    numbers = {layer for layer, _ in attention_layers(model)}
-    if watched is not None and watched - numbers:
-        raise ValueError(
-            f"layers names {sorted(watched - numbers)}, but the model has layers 0 to "
-            f"{len(numbers) - 1}"
-        )
-    return Observation(state, (fn, watched))
 
 
 def _stored_law(model: nn.Module) -> Law:
@@ -276,23 +249,6 @@ def _stored_law(model: nn.Module) -> Law:
             "pass a budget, e.g. sparsify(model, Budget(alpha=16, exponent=0.5))"
         )
     return Law.from_dict(stored)
-
-
-def _find_state(model: nn.Module) -> ModelState | None:
-    for module in model.modules():
-        state = layer_state(module)
-        if isinstance(state, LayerState):
-            return state.model
-    return None
-
-
-def _require_state(model: nn.Module) -> ModelState:
-    state = _find_state(model) if is_sparse(model) else None
-    if state is None:
-        raise ValueError(
-            f"this {type(model).__name__} is not sparse: call sparsify(model, budget) first"
-        )
-    return state
 
 
 def _register() -> None:

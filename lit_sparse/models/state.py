@@ -169,6 +169,8 @@ class LayerState:
     layer: int
     name: str
     model: ModelState
+    window: int | None = None
+    """Keys of the layer's own sliding window: it keeps that and obeys no law."""
 
     def __post_init__(self) -> None:
         self.number = _constant(self.layer)
@@ -177,9 +179,9 @@ class LayerState:
     def read_model(self) -> None:
         """Take over the model's law."""
         law = self.model.law
-        own = replace(law, budget=law.of(self.layer), layers={})
-        self._sparse = json.dumps(own.to_dict())
-        self._dense = json.dumps(replace(own, budget=Budget.dense()).to_dict())
+        dense = replace(law, budget=Budget.dense(), layers={})
+        own = dense if self.window else replace(dense, budget=law.of(self.layer))
+        self._sparse, self._dense = (json.dumps(x.to_dict()) for x in (own, dense))
 
     @property
     def law(self) -> str:
@@ -203,3 +205,30 @@ def read_law(law: str) -> Law:
 def layer_state(module: nn.Module) -> LayerState | None:
     """The state that `sparsify` put on an attention module, or None."""
     return getattr(module, NAME, None)
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether the model runs our attention at the moment; a law in its config alone is not that."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != NAME:
+        return False
+    return find_state(model) is not None
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """The state that `sparsify` gave a model, or None."""
+    for module in model.modules():
+        state = layer_state(module)
+        if isinstance(state, LayerState):
+            return state.model
+    return None
+
+
+def require_state(model: nn.Module) -> ModelState:
+    """The state of a model that runs our attention; ValueError where it does not."""
+    state = find_state(model) if is_sparse(model) else None
+    if state is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not sparse: call sparsify(model, budget) first"
+        )
+    return state

@@ -9,7 +9,18 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_oss",
+    "qwen3_moe",
+    "mixtral",
+)
 """Values of `config.model_type` whose attention layers are known and tested."""
 
 
@@ -47,19 +58,50 @@ def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
     return [(layer.self_attn.layer_idx, layer.self_attn) for layer in decoder.layers]
 
 
+def law_layers(model: nn.Module) -> list[int]:
+    """Numbers of the layers that obey a law: those without a sliding window. Sorted."""
+    return [layer for layer, _ in attention_layers(model) if window_of(model, layer) is None]
+
+
+def window_of(model: nn.Module, layer: int) -> int | None:
+    """How many of the nearest keys a layer of a supported model sees, its own included; None for a
+    layer without such a window.
+    """
+    config = cast(Any, model).config
+    types = getattr(config, "layer_types", None)
+    if types and types[layer] != "sliding_attention":
+        return None
+    # Mistral, Mixtral, Phi-3 and Qwen3-MoE have one window for all layers and no types.
+    return getattr(config, "sliding_window", None)
+
+
+def windows_everywhere(model: nn.Module) -> str:
+    """What to tell of a model none of whose layers obeys a law."""
+    return (
+        f"every layer of this {type(model).__name__} has a sliding window "
+        f"(config.sliding_window={window_of(model, 0)}), which it keeps: none obeys the law, and "
+        "nothing can be sparser or measured. Load the model with sliding_window=None to let its "
+        "layers see the whole context"
+    )
+
+
 def check_support(model: nn.Module) -> None:
     """Refuse a model that sparse attention would change in more than its budget.
 
     Raises:
-        ValueError: the model is of another type, not causal, or has attention dropout.
-        NotImplementedError: a layer has a sliding window; layer and feature are named.
+        ValueError: the model is of another type, not causal, has attention dropout, or runs an
+            attention function that somebody registered for it.
+        NotImplementedError: a layer has neither full attention nor a sliding window; layer and kind
+            are named.
     """
     require_known(model)
     config = cast(Any, model).config
-    if not getattr(config, "is_causal", True):
-        raise ValueError("config.is_causal is False: sparse attention is causal")
+    layers, names = attention_layers(model), layer_names(model)
+    bidirectional = [names[layer] for layer, own in layers if not getattr(own, "is_causal", True)]
+    if bidirectional or not getattr(config, "is_causal", True):
+        where = f"{bidirectional[0]} sees later tokens" if bidirectional else "config.is_causal"
+        raise ValueError(f"{where} (is_causal is False): sparse attention is causal")
     dropout = getattr(config, "attention_dropout", None)
-    layers = attention_layers(model)
     for _, module in layers:
         dropout = dropout or getattr(module, "attention_dropout", None)
     if dropout:
@@ -67,20 +109,27 @@ def check_support(model: nn.Module) -> None:
             f"config.attention_dropout is {dropout}: sparse attention has no dropout; load the "
             "model with attention_dropout=0.0"
         )
-    names = layer_names(model)
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    # Mistral has one window for all layers and no types.
-    everywhere = "full_attention" if window is None else "sliding_attention"
-    for layer, _ in layers:
-        kind = types[layer] if types else everywhere
-        if kind != "full_attention":
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
             raise NotImplementedError(
-                f"{names[layer]} has {kind} (config.sliding_window={window}): sparse attention "
-                "replaces full attention only; load the model without the window "
-                "(sliding_window=None for Mistral, use_sliding_window=False for Qwen) if it was "
-                "trained on contexts longer than that"
+                f"{names[layer]} has {kind}: sparse attention replaces full attention, and keeps "
+                "sliding windows"
             )
+    _check_function(model)
+
+
+def _check_function(model: nn.Module) -> None:
+    from transformers import AttentionInterface
+
+    name = cast(Any, model).config._attn_implementation or "eager"
+    owner = getattr(AttentionInterface().get(name), "__module__", "transformers")
+    # A name with a slash is a kernel that transformers downloads and registers itself.
+    if "/" not in name and owner.partition(".")[0] not in ("transformers", "lit_sparse"):
+        raise ValueError(
+            f"config._attn_implementation is {name!r}, an attention function of {owner}: sparse "
+            "attention would take its place; call model.set_attn_implementation('eager') first if "
+            "it may"
+        )
 
 
 def layer_names(model: nn.Module) -> dict[int, str]:
@@ -97,22 +146,42 @@ def require_known(model: nn.Module) -> None:
         inside = ", ".join(type(found).__name__ for found in find_models(model))
         hint = f"; find_models(...) gives the {inside} inside it" if inside else ""
         raise ValueError(f"a transformers model is needed, got {type(model).__name__}{hint}")
-    config = model.config
-    kind = config.model_type
+    kind = model.config.model_type
     if kind in SUPPORTED:
         return
-    reasons = []
-    if getattr(config, "is_encoder_decoder", False):
-        reasons.append("an encoder-decoder")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        reasons.append(f"softcap {config.attn_logit_softcapping} on the scores")
-    kinds = [
-        other for other in getattr(config, "layer_types", None) or () if other != "full_attention"
-    ]
-    if kinds:
-        reasons.append(f"layers with {kinds[0]}")
-    what = f" ({', '.join(reasons)})" if reasons else ""
+    reason = _reason(model)
     raise ValueError(
-        f"model_type {kind}{what} is not supported: sparse attention knows the causal language "
-        f"models of type {', '.join(SUPPORTED)}"
+        f"model_type {kind}{f' ({reason})' if reason else ''} is not supported: sparse attention "
+        f"knows the causal language models of type {', '.join(SUPPORTED)}"
     )
+
+
+def _reason(model: PreTrainedModel) -> str:
+    """What keeps a model of another type from being sparsified, where more than its name does."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder with cross-attention"
+    if getattr(config, "add_cross_attention", False):
+        return "a decoder with cross-attention"
+    text = config.get_text_config()
+    if text is not config:
+        own = ""
+        if text.model_type in SUPPORTED:
+            own = (
+                f"; its language model is of the supported type {text.model_type}: save that as a "
+                "model of its own, without the other inputs"
+            )
+        return f"a multimodal model, whose images and sounds are not causal{own}"
+    classes = {type(module).__name__.lower() for module in model.modules()}
+    if not any("attention" in name for name in classes):
+        return "a state-space or recurrent model without attention"
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            stacks = (n for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+            return f"{next(stacks, 'layer')}.{layer} has {kind}"
+    decoder = getattr(config, "is_decoder", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+        return "an encoder, which is not causal"
+    return ""

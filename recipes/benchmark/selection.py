@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.attention import select
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.plan import Plan, make_plan
 from lit_sparse.attention.scores import SCORERS
 from lit_sparse.attention.select import default_tile
@@ -73,8 +74,9 @@ def rules(budget: Budget, tile: int) -> list[Rule]:
     return list(dict.fromkeys(working + yardsticks))
 
 
-def block_masses(q: Tensor, k: Tensor, rows: Tensor, scale: float, block: int) -> Tensor:
-    """Exact softmax mass of every key block under dense causal attention.
+def block_masses(q: Tensor, k: Tensor, rows: Tensor, options: Options, block: int) -> Tensor:
+    """Exact softmax mass of every key block under dense causal attention; a learned sink has the
+    rest.
 
     Args:
         q: [T, Hq, D], k: [T, Hkv, D], one document; rows: int64 [R].
@@ -86,8 +88,12 @@ def block_masses(q: Tensor, k: Tensor, rows: Tensor, scale: float, block: int) -
     hidden = torch.arange(length) > rows[:, None]
     masses = []
     for head, own in enumerate(q[rows].unflatten(1, (heads, -1)).unbind(1)):
-        logits = scale * torch.einsum("rgd,td->grt", own, k[:, head])
-        weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        logits = options.cap(options.scale * torch.einsum("rgd,td->grt", own, k[:, head]))
+        logits.masked_fill_(hidden, float("-inf"))
+        total = logits.logsumexp(-1, keepdim=True)
+        if options.sinks is not None:
+            total = total.logaddexp(options.sinks.unflatten(0, (heads, -1))[head, :, None, None])
+        weights = (logits - total).exp_()
         weights = torch.nn.functional.pad(weights, (0, -length % block))
         masses.append(weights.unflatten(-1, (-1, block)).sum(-1))
     return torch.stack(masses)
@@ -131,16 +137,15 @@ class Quality:
         out: Tensor,
         lse: Tensor,
         selection: Any,
-        scale: float | None,
+        options: Options,
         documents: Any,
     ) -> None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = q.float(), k.float()
-        masses = block_masses(q, k, self.rows, scale, self.block)
+        masses = block_masses(q, k, self.rows, options, self.block)
         for rule in self.rules:
             budget = replace(self.budget, late=rule.late)
             tally = self.tallies.setdefault((rule, layer), Tally())
-            kept, plan = self._kept(rule, budget, q, k, scale, tally)
+            kept, plan = self._kept(rule, budget, q, k, options.scale, tally)
             _count(tally, masses, kept[:, None], far_blocks(plan, budget), self.rows // rule.tile)
 
     def _kept(
@@ -271,9 +276,10 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         BadArgument: the model, the text or the length do not go together.
     """
-    from lit_sparse.models import dense_attention, observe
+    from lit_sparse.models import dense_attention, law_layers, observe
 
     model = _model(task)
+    layers = law_layers(model)
     config = model.config.get_text_config()
     groups = config.num_attention_heads // config.num_key_value_heads
     tile = task.tile or default_tile(groups)
@@ -282,7 +288,7 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
     quality = Quality(rules(task.budget, tile), task.budget, task.block)
     generator = torch.Generator().manual_seed(SEED)
     late_half = task.length // 2
-    with torch.no_grad(), dense_attention(model), observe(model, quality):
+    with torch.no_grad(), dense_attention(model), observe(model, quality, layers):
         for number_, tokens in enumerate(documents, start=1):
             progress(f"document {number_} of {len(documents)} ...")
             drawn = torch.randperm(task.length - late_half, generator=generator)[: task.rows]
@@ -298,7 +304,7 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
         "documents": names,
         "length": task.length,
         "rows": len(quality.rows),
-        "layers": config.num_hidden_layers,
+        "layers": len(layers),
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "dtype": task.dtype,
@@ -307,10 +313,12 @@ def run(task: Task, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _model(task: Task) -> Any:
-    from lit_sparse.models import build_model, sparsify
+    from lit_sparse.models import build_model, law_layers, sparsify, windows_everywhere
 
     try:
         model = build_model(pretrained=task.model, dtype=task.dtype).eval()
+        if not law_layers(model):
+            raise ValueError(windows_everywhere(model))
         sparsify(model, task.budget, block=task.block, tile=task.tile)
     except (ValueError, NotImplementedError) as error:
         raise BadArgument(f"--model {task.model}: {error}") from error

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_sparse.attention import Selection
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
@@ -96,9 +97,9 @@ class Check:
         return {**asdict(self), "met": self.met, "factor": self.factor}
 
 
-def sparse_layers(chosen: ChosenLaw, layers: int) -> list[int]:
-    """Layers that the law does not leave dense."""
-    return [layer for layer in range(layers) if chosen.of(layer) != Budget.dense()]
+def sparse_layers(chosen: ChosenLaw, layers: Sequence[int]) -> list[int]:
+    """Those of the layers that the law does not leave dense."""
+    return [layer for layer in layers if chosen.of(layer) != Budget.dense()]
 
 
 @torch.no_grad()
@@ -220,10 +221,10 @@ class _Watch:
         out: Tensor,
         lse: Tensor,
         selection: Selection,
-        scale: float,
+        options: Options,
         documents: Any,
     ) -> None:
-        found = probe_rows(q, k, v, selection, self.rows, scale, out=out, lse=lse)
+        found = probe_rows(q, k, v, selection, self.rows, options, out=out, lse=lse)
         self._missed[layer].append(found.tau.flatten().cpu())
         self._error.append(found.output_error.flatten().cpu())
         self._density.append(selection.density)

@@ -15,7 +15,15 @@ from lit_sparse.attention.select import default_tile
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import Needs
 from lit_sparse.data import Tokenizer
-from lit_sparse.models import Law, RopeOrigin, build_model, observe, sparsify
+from lit_sparse.models import (
+    Law,
+    RopeOrigin,
+    build_model,
+    law_layers,
+    observe,
+    sparsify,
+    windows_everywhere,
+)
 from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.texts import Texts
@@ -54,8 +62,9 @@ class Subject:
             raise BadArgument(f"--model {self.path}: {error}") from error
 
     @property
-    def layers(self) -> int:
-        return self.model.config.get_text_config().num_hidden_layers
+    def layers(self) -> list[int]:
+        """Numbers of those that obey a law."""
+        return law_layers(self.model)
 
 
 def load(
@@ -72,6 +81,8 @@ def load(
         law = Law(Budget()) if stored is None else Law.from_dict(stored)
         budget = law.budget if sink is None else replace(law.budget, sink=sink)
         law = Law(budget, {}, block or law.block, tile or law.tile, law.score)
+        if not law_layers(model):
+            raise ValueError(windows_everywhere(model))
         sparsify(model, Budget.dense(), block=law.block, tile=law.tile, score=law.score)
     except (ValueError, NotImplementedError) as error:
         raise BadArgument(f"--model {path}: {error}") from error
@@ -132,9 +143,9 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
     drawn = torch.empty(0, dtype=torch.int64)
 
     def observer(layer: int, q: Tensor, k: Tensor, *others: Any) -> None:
-        *_, scale, _ = others
+        *_, options, _ = others
         need = rows_need(
-            q, k, drawn, missed=missed, block=block, sink=sink, local=local, scale=scale
+            q, k, drawn, missed=missed, block=block, sink=sink, local=local, options=options
         )
         if not bool(need.logit_range.isfinite().all()):
             raise BadArgument(
@@ -144,11 +155,13 @@ def measure(subject: Subject, missed: float, rows: int, seed: int, progress: Pro
 
     measured: list[tuple[int, list[RowNeed]]] = []
     total = sum(map(len, texts.fitted.values()))
-    with observe(subject.model, observer):
+    with observe(subject.model, observer, subject.layers):
         for length, documents in texts.fitted.items():
             for document in documents:
                 progress(f"document {len(measured) + 1} of {total}, {length} tokens, dense")
                 drawn = late_rows(length, rows, generator)
                 subject.forward(texts.read(document, length))
                 measured.append((document, [layers[layer] for layer in sorted(layers)]))
-    return Needs.gather(measured, missed=missed, block=block, sink=sink, local=local)
+    return Needs.gather(
+        measured, missed=missed, block=block, sink=sink, local=local, layers=subject.layers
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ def plot_law(path: Path, result: Result) -> None:
 
     axes.plot(n, n, color="0.6", lw=1, zorder=1, label="every key (k = n)")
     fit, low, high = (_most_heads(x) for x in (fits.keys_at(n), *fits.band_at(n)))
-    for layer in range(layers):
-        colour = colours[layer]
+    for i, layer in enumerate(fits.layers):
+        colour = colours[i]
         dense = chosen.of(layer) == Budget.dense()
         label = f"layer {layer}" + (", stays dense" if dense else "") if few else None
-        x, y = _points(result, layer)
-        axes.plot(x, y, _SHAPES[layer] if few else ".", color=colour, ms=6, zorder=4, label=label)
-        axes.plot(n[:last], fit[:last, layer], "-", color=colour, lw=1.3, zorder=3)
-        axes.plot(n[last - 1 :], fit[last - 1 :, layer], ":", color=colour, lw=1.3, zorder=3)
+        x, y = _points(result, i)
+        axes.plot(x, y, _SHAPES[i] if few else ".", color=colour, ms=6, zorder=4, label=label)
+        axes.plot(n[:last], fit[:last, i], "-", color=colour, lw=1.3, zorder=3)
+        axes.plot(n[last - 1 :], fit[last - 1 :, i], ":", color=colour, lw=1.3, zorder=3)
         if few:
-            axes.fill_between(n, low[:, layer], high[:, layer], color=colour, alpha=0.13, lw=0)
+            axes.fill_between(n, low[:, i], high[:, i], color=colour, alpha=0.13, lw=0)
     if not few:
-        scale = _scale(layers)
+        scale = _scale(fits.layers[-1] + 1)
         figure.colorbar(scale, ax=axes, label="layer", fraction=0.04, pad=0.02)
     _draw_laws(axes, result, n)
     axes.axvline(fits.longest, color="0.75", lw=0.8, zorder=0)
@@ -122,8 +123,8 @@ def plot_exponents(path: Path, result: Result) -> None:
     left, right = figure.subplots(1, 2)
     marks = [[_MARKS[verdict] for verdict in layer] for layer in fits.verdict]
     spread = fits.exponent_high - fits.exponent_low
-    _heat_map(figure, left, fits.exponent, "exponent C", 1.0, marks)
-    _heat_map(figure, right, spread, "width of its 95 % interval", 0.5, None)
+    _heat_map(figure, left, fits.exponent, fits.layers, "exponent C", 1.0, marks)
+    _heat_map(figure, right, spread, fits.layers, "width of its 95 % interval", 0.5, None)
     figure.suptitle("Need k(n) = alpha n$^C$ of every head", fontsize=11)
     figure.supxlabel(
         "= proportional to n     x no power law fits     c constant     no mark: power law",
@@ -136,18 +137,20 @@ def _heat_map(
     figure: Figure,
     axes: Any,
     values: Tensor,
+    numbers_of: Sequence[int],
     title: str,
     most: float,
     marks: list[list[str]] | None,
 ) -> None:
-    """[layers, heads] on the fixed scale from 0 to `most`, with numbers where there is room."""
+    """[layers, heads] on the fixed scale from 0 to `most`, with values where there is room."""
     layers, heads = values.shape
     image = axes.imshow(values.numpy(), aspect="auto", vmin=0, vmax=most, cmap="viridis")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("head", fontsize=9)
     axes.set_ylabel("layer", fontsize=9)
     axes.set_xticks(range(0, heads, max(1, heads // 8)))
-    axes.set_yticks(range(0, layers, max(1, layers // 8)))
+    ticks = range(0, layers, max(1, layers // 8))
+    axes.set_yticks(ticks, [str(numbers_of[i]) for i in ticks])
     axes.tick_params(labelsize=8)
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).ax.tick_params(labelsize=8)
     numbers = layers * heads <= 96
@@ -158,15 +161,15 @@ def _heat_map(
         axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def _points(result: Result, layer: int) -> tuple[list[float], list[float]]:
+def _points(result: Result, place: int) -> tuple[list[float], list[float]]:
     """Of each length: mean context, and what the fitted quantile of rows needs there in 90 % of
-    the heads; rows are moved to the mean context along their head's law.
+    the heads of the layer at that place; rows are moved to the mean context along their head's law.
     """
     fits, x, y = result.fits, [], []
     for rows in result.rows.values():
         context = result.needs.context[rows].double()
-        needs = getattr(result.needs, fits.which)[rows, layer].double()
-        needs *= (context.mean() / context)[:, None] ** fits.exponent[layer]
+        needs = getattr(result.needs, fits.which)[rows, place].double()
+        needs *= (context.mean() / context)[:, None] ** fits.exponent[place]
         x.append(float(context.mean()))
         y.append(float(_most_heads(torch.quantile(needs, fits.quantile, dim=0))))
     return x, y

@@ -51,14 +51,14 @@ class Result:
     @property
     def dense(self) -> list[int]:
         """Layers that stay dense."""
-        layers = len(self.fits.exponent)
-        return sorted(set(range(layers)) - set(sparse_layers(self.chosen, layers)))
+        layers = self.fits.layers
+        return sorted(set(layers) - set(sparse_layers(self.chosen, layers)))
 
     @property
     def budgets(self) -> dict[Budget, list[int]]:
         """Each budget once, with the layers that obey it."""
         layers: dict[Budget, list[int]] = {}
-        for layer in range(len(self.fits.exponent)):
+        for layer in self.fits.layers:
             layers.setdefault(self.chosen.of(layer), []).append(layer)
         return layers
 
@@ -97,7 +97,7 @@ def lines(result: Result) -> list[str]:
     )
     out += [
         "",
-        *render_table(GROUPS, [_cells(result, layer) for layer in range(len(fits.exponent))]),
+        *render_table(GROUPS, [_cells(result, place) for place in range(len(fits.layers))]),
     ]
     out += wrap(NOTE.format(n=round(fits.n_ref), quantile=round(100 * fits.quantile)))
     out += ["", "The law:"]
@@ -135,22 +135,23 @@ _MEANING = {
 }
 
 
-def _cells(result: Result, layer: int) -> list[str]:
-    fits, budget = result.fits, result.chosen.of(layer)
-    exponent = fits.exponent[layer]
+def _cells(result: Result, place: int) -> list[str]:
+    """Of the layer at a place among the measured ones."""
+    fits, layer = result.fits, result.fits.layers[place]
+    budget, exponent = result.chosen.of(layer), fits.exponent[place]
     upper = float(torch.quantile(exponent, 0.75))
     head = int((exponent - upper).abs().argmin())
-    low, high = float(fits.exponent_low[layer, head]), float(fits.exponent_high[layer, head])
-    counts = Counter(fits.verdict[layer])
+    low, high = float(fits.exponent_low[place, head]), float(fits.exponent_high[place, head])
+    counts = Counter(fits.verdict[place])
     dense = budget == Budget.dense()
     final = result.check.final
     return [
         str(layer),
         f"{upper:.2f}",
         f"{low:.2f} to {high:.2f}",
-        f"{float(fits.support_exponent[layer].median()):.2f}",
-        f"{float(fits.k_ref[layer].median()):.0f}",
-        f"{float(torch.quantile(fits.k_ref[layer], 0.9)):.0f}",
+        f"{float(fits.support_exponent[place].median()):.2f}",
+        f"{float(fits.k_ref[place].median()):.0f}",
+        f"{float(torch.quantile(fits.k_ref[place], 0.9)):.0f}",
         *(str(counts[verdict]) for verdict in VERDICTS),
         "dense" if dense else f"{budget.alpha:.3g}",
         "-" if dense else f"{budget.exponent:g}",
@@ -250,8 +251,7 @@ def write_numbers(path: Path, result: Result) -> None:
             "law": result.law.to_dict(),
             "law_before_the_check": result.fitted.to_dict(),
             "keys": {
-                str(n): [chosen.of(layer)(n) for layer in range(len(fits.exponent))]
-                for n in _lengths(result)
+                str(n): [chosen.of(layer)(n) for layer in fits.layers] for n in _lengths(result)
             },
             "dense_layers": result.dense,
             "sentences": result.sentences(),

@@ -6,23 +6,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_sparse import theory
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.budget import Budget
 from lit_sparse.models import (
     attention_layers,
     build_model,
     dense_attention,
+    law_layers,
     law_of,
     observe,
     sparsify,
+    windows_everywhere,
 )
-from lit_sparse.models.norms import LogitNorms, distances, logit_norms
+from lit_sparse.models.norms import LogitNorms, distances, logit_norms, query_projection
 from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.pieces import check_length, validation_pieces
 from lit_sparse.recipes.benchmark.report import BadArgument
@@ -159,9 +162,10 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
     length = task.length or min(DEFAULT_LENGTH, model.config.max_position_embeddings)
     check_length(model, length)
     texts, names = _texts(model, directory, task, length)
-    inputs = {layer: _Inputs() for layer, _ in attention_layers(model)}
+    inputs = {layer: _Inputs() for layer in law_layers(model)}
     logits = _Logits(task.rows, length // 2)
-    with torch.no_grad(), dense_attention(model), observe(model, logits), _watch(model, inputs):
+    watch = observe(model, logits, inputs)
+    with torch.no_grad(), dense_attention(model), watch, _watch(model, inputs):
         for number, tokens in enumerate(texts, start=1):
             progress(f"{directory}: text {number} of {len(texts)} ...")
             logits.text = number
@@ -212,9 +216,11 @@ def _load(directory: Path, task: Task) -> tuple[Any, bool]:
     try:
         model: Any = build_model(pretrained=directory, dtype=task.dtype)
         own_law = getattr(model.config, CONFIG_KEY, None) is not None
-        sparsify(model, None if own_law else Budget.preset("balanced"))
         if not attention_layers(model):
             raise ValueError("the model has no attention layer")
+        if not law_layers(model):
+            raise ValueError(windows_everywhere(model))
+        sparsify(model, None if own_law else Budget.preset("balanced"))
         return model.eval().to(task.device), own_law
     except (ValueError, NotImplementedError, OSError) as error:
         what = str(error).removeprefix("model.pretrained: ")
@@ -251,10 +257,11 @@ class _Inputs:
 def _watch(model: Any, inputs: dict[int, _Inputs]) -> Iterator[None]:
     """Adds what enters each layer's query projection, the same as what enters the others."""
     hooks = [
-        cast(Any, module).q_proj.register_forward_pre_hook(
+        query_projection(module).register_forward_pre_hook(
             lambda _, args, own=inputs[layer]: own.add(args[0])
         )
         for layer, module in attention_layers(model)
+        if layer in inputs
     ]
     try:
         yield
@@ -280,12 +287,12 @@ class _Logits:
         out: Tensor,
         lse: Tensor,
         selection: Any,
-        scale: float,
+        options: Options,
         documents: Any,
     ) -> None:
         generator = torch.Generator().manual_seed(SEED + self.text)
         rows = sample_rows(selection.plan, self.rows, generator, self.min_context)
-        found = probe_rows(q, k, v, selection, rows, scale, out=out, lse=lse)
+        found = probe_rows(q, k, v, selection, rows, options, out=out, lse=lse)
         pair = found.logit_max.double().cpu(), found.logit_range.double().cpu()
         self._seen.setdefault(layer, []).append(pair)
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from lit_sparse.attention.need import NEEDS, rows_need
+from lit_sparse.attention.options import Options
 
 LENGTHS = [201, 0, 37, 1, 130]
 BLOCK, SINK, LOCAL = 16, 20, 24
 
 
-def _brute_force(q, k, row, begin, *, missed, block=BLOCK, sink=SINK, local=LOCAL, scale):
+def _brute_force(q, k, row, begin, *, missed, block=BLOCK, sink=SINK, local=LOCAL, scale, softcap):
     """The needs of one row and head, in Python's own arithmetic. q [T, D], k [T, D] of the head."""
     n = row - begin + 1
-    logits = (scale * (k[begin : row + 1] @ q[row])).tolist()
+    logits = scale * (k[begin : row + 1] @ q[row])
+    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()).tolist()
     rest = [s for j, s in enumerate(logits) if sink <= j < n - local]
     blocks = [
         logits[b : b + block]
@@ -40,13 +42,15 @@ def _brute_force(q, k, row, begin, *, missed, block=BLOCK, sink=SINK, local=LOCA
     return found | {"logit_std": p.std(correction=0)}
 
 
-@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
-def test_needs_are_those_of_brute_force(size, packed, boundaries):
+@pytest.mark.parametrize(("size", "softcap"), [(1.0, None), (4.0, None), (16.0, None), (16.0, 5.0)])
+def test_needs_are_those_of_brute_force(size, softcap, packed, boundaries):
     q, k, _ = packed(sum(LENGTHS), 4, 2, dim=8, scale=math.sqrt(size))
     cu_seqlens = boundaries(LENGTHS)
     # Rows that see nothing but what is always kept, odd lengths, a document of one token.
     rows = torch.tensor([0, 19, 43, 44, 45, 46, 100, 191, 200, 201, 237, 238, 239, 300, 368])
-    options = {"block": BLOCK, "sink": SINK, "local": LOCAL, "scale": 0.4}
+    options = {"block": BLOCK, "sink": SINK, "local": LOCAL}
+    # A learned sink is always kept, and so out of what is measured.
+    options["options"] = Options(0.4, softcap=softcap, sinks=torch.full((4,), 9.0))
     need = rows_need(q, k, rows, cu_seqlens, missed=0.1, **options)
     starts = [max(b for b in cu_seqlens[:-1] if b <= row) for row in rows.tolist()]
     # Of two documents that start at the same token, one has none.
@@ -54,7 +58,7 @@ def test_needs_are_those_of_brute_force(size, packed, boundaries):
     for i, (row, begin) in enumerate(zip(rows.tolist(), starts, strict=True)):
         for head in range(4):
             own = (q[:, head], k[:, head // 2], row, begin)
-            expected = _brute_force(*own, missed=0.1, scale=0.4)
+            expected = _brute_force(*own, missed=0.1, scale=0.4, softcap=softcap)
             for name in NEEDS:
                 value = float(getattr(need, name)[i, head])
                 assert value == pytest.approx(float(expected[name]), rel=1e-9), (name, row, head)
@@ -92,7 +96,7 @@ def test_a_sink_does_not_hide_what_the_rest_needs():
     k = torch.zeros(400, 1, 1)
     k[0] = 100.0
     q = torch.ones(400, 1, 1)
-    options = {"sink": 0, "local": 0, "block": 1, "scale": 1.0}
+    options = {"sink": 0, "local": 0, "block": 1, "options": Options(1.0)}
     with_sink = rows_need(q, k, torch.tensor([399]), **options)
     assert with_sink.keys.item() == with_sink.block_keys.item() == 1
     without = rows_need(q, k, torch.tensor([399]), **{**options, "sink": 1})
@@ -107,7 +111,7 @@ def test_a_sink_does_not_hide_what_the_rest_needs():
         ({"missed": 1}, "missed"),
         ({"block": 0}, "block must be at least 1"),
         ({"sink": -1}, "sink and local at least 0"),
-        ({"scale": math.nan}, "scale must be finite"),
+        ({"options": Options(1.0, window=8)}, "window of 8 keys"),
         ({"cu_seqlens": [0, 5]}, "cu_seqlens must run from 0 to the 10 tokens"),
         ({"rows": torch.tensor([10])}, "rows must be int64"),
         ({"k": torch.zeros(9, 2, 4)}, "q has 10 tokens and k 9"),

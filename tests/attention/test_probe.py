@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity
 
 from lit_sparse import Budget
 from lit_sparse.attention import probe, select, sparse_attention
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import SINK_TOKENS, STATISTICS
 
@@ -18,18 +19,22 @@ DERIVED += ("effective_support", "participation", "jacobian_trace", "gamma_of_en
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective minimum.*")
 
 
-def by_hand(q, k, v, selection, row, head, scale):
+def by_hand(q, k, v, selection, row, head, scale, softcap=None, sinks=None):
     """All statistics of one row, from their definitions."""
     q, k, v = q.double(), k.double(), v.double()
     document = max(d for d, start in enumerate(selection.plan.queries[:-1]) if start <= row)
     begin = selection.plan.queries[document]
     kv = head // (q.shape[1] // k.shape[1])
     s = scale * k[begin : row + 1, kv] @ q[row, head]
+    s = s if softcap is None else softcap * (s / softcap).tanh()
     p, values = s.softmax(0), v[begin : row + 1, kv]
     mask = selection.to_mask()[kv, row, begin : row + 1]
     n, rest = len(s), p[SINK_TOKENS:] / p[SINK_TOKENS:].sum()
-    kl = s.logsumexp(0) - s[mask].logsumexp(0)
-    dense, sparse = p @ values, s[mask].softmax(0) @ values[mask]
+    # A learned sink joins each softmax, and has no value.
+    sink = torch.tensor([-math.inf if sinks is None else float(sinks[head])], dtype=s.dtype)
+    all_keys, kept_keys = (torch.cat([x, sink]).softmax(0)[:-1] for x in (s, s[mask]))
+    kl = torch.cat([s, sink]).logsumexp(0) - torch.cat([s[mask], sink]).logsumexp(0)
+    dense, sparse = all_keys @ values, kept_keys @ values[mask]
 
     def entropy(p):
         return -(p * p.clamp(min=1e-300).log()).sum() if len(p) else torch.zeros(())
@@ -42,8 +47,8 @@ def by_hand(q, k, v, selection, row, head, scale):
     best = sum(sorted(map(float, mass.values()), reverse=True)[: len(chosen)])
     found = {
         "kl": kl,
-        "tau": p[~mask].sum(),
-        "captured_mass": p[mask].sum(),
+        "tau": all_keys[~mask].sum(),
+        "captured_mass": 1 - all_keys[~mask].sum(),
         "output_error": (dense - sparse).norm() / dense.norm(),
         "recall": sum(chosen) / best if chosen else math.nan,
         "entropy": entropy(p),
@@ -59,7 +64,7 @@ def by_hand(q, k, v, selection, row, head, scale):
         "collision_without_sink": rest.square().sum(),
         "participation": 1 / p.square().sum(),
         "jacobian_trace": (p * (1 - p)).sum(),
-        "sink_mass": p[:SINK_TOKENS].sum(),
+        "sink_mass": 1 - all_keys[SINK_TOKENS:].sum(),
         "logit_std": s.std(correction=0),
         "logit_max": s.abs().max(),
         "logit_range": s.max() - s.min(),
@@ -102,6 +107,32 @@ def test_every_statistic_is_its_definition(packed, boundaries, scale):
     # Blocks that enter late are seen by the later rows of a tile only.
     seen = selection.rows_blocks(torch.arange(263, 279)).sum(-1)
     assert (seen[:, 0] < seen[:, -1]).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 16.0])
+def test_soft_caps_and_sinks(packed, scale):
+    q, k, v = packed(240, scale=scale**0.5)
+    selection = select(q, k, BUDGET, scale=0.3, block=16, tile=16)
+    rows, sinks = torch.tensor([0, 5, 150, 201, 239]), torch.tensor([-3.0, 0.0, 2.0, 9.0])
+    for softcap, learned in ((4.0, None), (None, sinks), (4.0, sinks)):
+        options = Options(0.3, softcap=softcap, sinks=learned)
+        extras = {"softcap": softcap, "sinks": learned}
+
+        def want(row, head, extras=extras):
+            return by_hand(q, k, v, selection, row, head, 0.3, **extras)
+
+        check(
+            probe_rows(q, k, v, selection, rows, options), rows, range(4), want,
+            atol=1e-9, rtol=1e-7,
+        )  # fmt: skip
+        # And of the operator that ran, some heads of it.
+        out, lse = sparse_attention(q, k, v, selection, 0.3, **extras)
+        heads = [1, 3]
+        found = probe_rows(q, k, v, selection, rows, options, out=out, lse=lse, heads=heads)
+        check(found, rows, heads, want, atol=1e-9, rtol=1e-7)
+    assert found.tau.max() > 1e-4
+    with pytest.raises(ValueError, match="window of 8 keys is not measured.*law_layers"):
+        probe_rows(q, k, v, selection, rows, Options(0.3, window=8))
 
 
 @pytest.mark.parametrize(("hq", "hkv"), [(2, 2), (3, 1), (4, 1), (14, 2), (8, 1)])

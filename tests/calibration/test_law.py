@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,6 +75,20 @@ def test_what_speaks_against_a_law_is_said(simulate):
 
     idle = choose_law(_fits(simulate, [(6, 0.5)]), floor=4000)
     assert "budget of layer 0 keeps 90 % and more of the keys" in idle.warnings[0]
+
+
+def test_layers_have_the_numbers_that_they_have_in_the_model(simulate):
+    """Between them lie others, with sliding windows, which were not measured."""
+    alpha, exponent = torch.tensor([[6, 0.5], [0.5, 1], [6, 0.5]]).double().T[..., None] * HEADS
+    needs = simulate(lambda n: alpha * n**exponent, logit_range=4.0)
+    fits = fit_heads(replace(needs, layers=(1, 5, 11)), which="keys")
+    law = choose_law(fits)
+    assert law.layers == {5: Budget.dense()}
+    assert law.warnings[0].startswith("In layer 5 the need of a quarter")
+    narrow = ChosenLaw(Budget.dense(), {11: Budget.fixed(512)})
+    assert "layer 11 head 0" in feasibility(fits, narrow, [32768]).sentences[0]
+    with pytest.raises(ValueError, match="layers names 2 layers, keys has 3"):
+        replace(needs, layers=(1, 5))
 
 
 def test_a_law_builds_itself_again_and_is_scaled_whole():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_sparse.attention.need import rows_need
+from lit_sparse.attention.options import Options
 from lit_sparse.calibration import Needs, fit_heads
 from lit_sparse.theory import gaussian_keys_fraction
 
@@ -41,7 +42,7 @@ def _measure(build, seed, documents=32, rows=4, **options):
         length = LENGTHS[document % 4]
         q, k = build(length, generator)
         late = torch.randint(3 * length // 4, length, (rows,), generator=generator)
-        measured.append((document, [rows_need(q, k, late, scale=1.0, **options)]))
+        measured.append((document, [rows_need(q, k, late, options=Options(1.0), **options)]))
     return Needs.gather(measured, **options)
 
 

@@ -34,8 +34,8 @@ def test_tau_of_the_monitor_is_the_dropped_mass_of_brute_force():
     module, recorder = Module(), Recorder(every_n_steps=1, rows=16, min_context=8)
     seen = {}
 
-    def keep(layer, q, k, v, out, lse, selection, scale, documents):
-        seen.setdefault(layer, (q.double(), k.double(), selection, scale))
+    def keep(layer, q, k, v, out, lse, selection, options, documents):
+        seen.setdefault(layer, (q.double(), k.double(), selection, options.scale))
 
     class Watch(Recorder):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

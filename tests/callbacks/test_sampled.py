@@ -7,11 +7,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from monitored import Module, batches, make_trainer, sparse
+from monitored import ARCHITECTURE, Module, batches, make_trainer, sparse
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
-from lit_sparse.callbacks import sampler
+from lit_sparse.callbacks import BudgetController, CollapseMonitor, DenseGapMonitor, sampler
 from lit_sparse.callbacks.sampled import Average, SampledAttentionMonitor, log2_bucket
-from lit_sparse.models.sparsify import _require_state
+from lit_sparse.models.state import require_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -79,7 +80,7 @@ def test_nothing_observes_after_an_exception():
     module, recorder = Failing(), Recorder()
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(module, recorder, count=3)
-    assert _require_state(module.model).observers == []
+    assert require_state(module.model).observers == []
     assert len(recorder.samples) == 1
     module.training_step = lambda batch, batch_idx: Module.training_step(module, batch, batch_idx)
     fit(module, recorder, count=2)  # the same callback serves another fit
@@ -124,6 +125,50 @@ def test_several_models_are_numbered_through():
     alone = last.samples[0][1]
     assert torch.equal(alone.stack("tau")[0, :, 0], tau[2, :, 1])
     assert alone.stack("tau")[0, :, 1].isnan().all()
+
+
+class Windowed(Module):
+    """Layers with a sliding window, before one of full attention or everywhere."""
+
+    def __init__(self, everywhere=False):
+        super().__init__()
+        config = MistralConfig(**ARCHITECTURE, sliding_window=32)
+        if not everywhere:
+            types = ["sliding_attention", "full_attention"]
+            config = Qwen2Config(
+                **ARCHITECTURE, use_sliding_window=True, sliding_window=32, layer_types=types
+            )
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(config)
+
+
+def test_layers_with_a_window_of_their_own_are_left_out():
+    recorder = Recorder()
+    trainer = fit(Windowed(), recorder, CollapseMonitor(every_n_steps=1), count=1)
+    ((_, sample),) = recorder.samples
+    assert list(sample.layers) == [1]
+    assert sample.layers[1].tau.max() > 0
+    logged = trainer.callback_metrics
+    assert {"collapse_by_layer/entropy_ratio_01", "curriculum/density"} < logged.keys()
+    assert "collapse_by_layer/entropy_ratio_00" not in logged
+    # That of the layer of full attention: the window keeps a fifth of the pairs.
+    assert logged["curriculum/density"] > 0.5
+    with pytest.raises(ValueError, match=r"names \[0\], but layers 1 have no sliding window"):
+        fit(Windowed(), Recorder(layers=[0, 1]), count=1)
+
+
+def test_windows_everywhere_are_said_once_by_each_monitor():
+    recorder, collapse = Recorder(), CollapseMonitor(every_n_steps=1)
+    gap, controller = DenseGapMonitor(every_n_steps=1), BudgetController(every_n_steps=1)
+    trainer = make_trainer([collapse, gap, controller, recorder, sparse()])
+    with pytest.warns(UserWarning, match="measures nothing") as caught:
+        trainer.fit(Windowed(everywhere=True), batches(2), batches(1, seed=2))
+    said = [str(w.message) for w in caught if "measures nothing" in str(w.message)]
+    names = ["CollapseMonitor", "DenseGapMonitor", "BudgetController", "Recorder"]
+    assert [text.split()[0] for text in said] == names
+    assert all("every layer of this MistralForCausalLM has a sliding window" in t for t in said)
+    assert recorder.samples == []
+    assert not [name for name in trainer.callback_metrics if name.startswith(("gap", "controller"))]
 
 
 class Generating(Module):

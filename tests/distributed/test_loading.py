@@ -79,6 +79,15 @@ def test_a_damaged_file(directory):
         load_pretrained(directory, STAGE_3)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_would_have_to_be_put_together(tmp_path, kind):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1}
+    model = build_model(architecture={**ARCHITECTURE, **experts, "model_type": kind})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model_type {kind}, whose .* experts .*stage to 2"):
+        load_pretrained(tmp_path, STAGE_3)
+
+
 def test_a_model_whose_names_are_not_known(tmp_path):
     config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)

@@ -158,7 +158,7 @@ def test_the_selection_has_room_to_round(parity):
     parity.train("auto", 1, 8, parity.Rows(8, steps=2), [parity.plugin(), Watch()])
     assert len(calls) == 2 * 2 * 8, "layers x steps x rows"
     noise = torch.Generator().manual_seed(0)
-    for _, q, k, _, _, _, selection, scale, documents in calls:
+    for _, q, k, _, _, _, selection, options, documents in calls:
         assert 0 < selection.density < 0.9
         q, k = (x * (1 + 1e-5 * torch.randn(x.shape, generator=noise)) for x in (q, k))
         again = select(
@@ -166,7 +166,7 @@ def test_the_selection_has_room_to_round(parity):
             k,
             parity.BUDGET,
             cu_seqlens=documents.cu_seqlens,
-            scale=scale,
+            scale=options.scale,
             **parity.ATTENTION,
         )
         assert torch.equal(again.columns, selection.columns)

@@ -1,6 +1,12 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import TINY
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral")
 OVERRIDES = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}
@@ -25,22 +31,7 @@ def tiny():
 
     def build(kind="llama", seed=0, **config):
         torch.manual_seed(seed)
-        settings = {
-            "vocab_size": 97,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            # The default scale gives logits so flat that wrong attention would pass.
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "eos_token_id": None,
-            "bos_token_id": None,
-            **OVERRIDES.get(kind, {}),
-            **config,
-        }
+        settings = {**TINY, **OVERRIDES.get(kind, {}), **config}
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
 
     return build

@@ -1,10 +1,16 @@
 """A sparsified model under torch.compile(fullgraph=True): one graph, the numbers of eager mode."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from lit_sparse.budget import Budget
 from lit_sparse.models import documents, observe, set_budget, set_dense, sparsify
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import VARIANTS, build
 
 BUDGET = Budget.fixed(96, sink=16, local=0.25)
 LENGTH = 192
@@ -55,6 +61,31 @@ def test_packed_documents(llama, tokens):
     case.check(tokens(1, LENGTH), position_ids=positions(150, 42))
     case.check(tokens(1, LENGTH, seed=2), position_ids=positions(20, 130, 1, 41))
     assert case.graphs == 1
+
+
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_windows_soft_caps_and_sinks(kind, tokens):
+    """Attention layers of both kinds compile as one graph each; experts are transformers' own."""
+    model = build(kind, **dict(VARIANTS)[kind])
+    sparsify(model.train(), BUDGET, block=16, tile=16)
+    ids, packed = tokens(1, LENGTH), positions(150, 42)
+    if kind == "gemma2":
+        case = Compiled(model, backend="aot_eager")
+        case.check(ids, position_ids=packed)
+        case.check(ids, position_ids=positions(20, 172))
+        assert case.graphs == 1
+        return
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            for layer in model.model.layers:
+                layer.self_attn.compile(backend="aot_eager", fullgraph=True)
+        model.zero_grad()
+        loss = model(ids, labels=ids, position_ids=packed, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_lengths_in_a_tensor(one_layer, tokens):

@@ -1,12 +1,18 @@
 """Norms from the weights against the full product, built from the logits of the real modules."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_sparse.budget import Budget
-from lit_sparse.models import observe, sparsify
+from lit_sparse.models import law_layers, observe, sparsify
 from lit_sparse.models.norms import distances, logit_norms
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import VARIANTS, build
 
 AT = torch.tensor([0, 1, 7, 60, 300])
 YARN = {
@@ -34,11 +40,19 @@ def _logits(model, module, distance):
     """
     width = model.config.hidden_size
     inputs = torch.cat([torch.eye(width), torch.zeros(1, width)]).double()
+    if hasattr(module, "qkv_proj"):
+        heads = (model.config.num_attention_heads, *(2 * [model.config.num_key_value_heads]))
+        projected = module.qkv_proj(inputs).split([n * module.head_dim for n in heads], -1)
+    else:
+        projected = module.q_proj(inputs), module.k_proj(inputs)
+    # The rotation of the model's own file; Gemma 3 has one for each kind of layer.
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    kind = ["full_attention"] * (model.config.model_type == "gemma3_text")
     sides = []
-    for projection, position in ((module.q_proj, distance), (module.k_proj, 0)):
-        x = projection(inputs).unflatten(-1, (-1, module.head_dim)).transpose(0, 1)[None]
+    for side, position in zip(projected, (distance, 0), strict=False):
+        x = side.unflatten(-1, (-1, module.head_dim)).transpose(0, 1)[None]
         where = torch.full((1, len(inputs)), position)
-        sides.append(apply_rotary_pos_emb(x, x, *model.model.rotary_emb(inputs, where))[0][0])
+        sides.append(rotate(x, x, *model.model.rotary_emb(inputs, where, *kind))[0][0])
     q, k = sides[0], sides[1].repeat_interleave(module.num_key_value_groups, 0)
     return module.scaling * q @ k.mT
 
@@ -51,11 +65,31 @@ def _parts(logits):
     return [torch.linalg.matrix_norm(x) for x in (weight, of_query_bias, of_key_bias, both)]
 
 
+OTHERS = {"gemma2": 0, "gemma3_text": 0, "phi3": 1, "gpt_oss": 0}
+"""Kind -> which of its variants: soft cap, two rotations, a fused matrix half rotated, sinks."""
+
+
 @pytest.mark.parametrize("rope", [{}, {"rope_parameters": YARN}], ids=["default", "yarn"])
 def test_norms_are_those_of_the_full_product_at_every_distance(tiny, kind, rope):
     model = _with_biases(tiny(kind, **rope))
     found = logit_norms(model, AT)
     assert list(found) == [0, 1]
+    _compare(model, found)
+    for norms in found.values():
+        # Biases were noticed where there are any, and rotation changes the norm.
+        assert (norms.query_bias > 0).all() == (kind == "qwen2")
+        assert (norms.weight.std(-1) > 1e-3 * norms.weight[:, 0]).all()
+
+
+@pytest.mark.parametrize(("kind", "variant"), OTHERS.items())
+def test_norms_of_layers_that_obey_a_law_in_other_families(kind, variant):
+    model = _with_biases(build(kind, **[own for k, own in VARIANTS if k == kind][variant]))
+    found = logit_norms(model, AT)
+    assert list(found) == law_layers(model)
+    _compare(model, found)
+
+
+def _compare(model, found):
     for layer, norms in found.items():
         module = model.model.layers[layer].self_attn
         for i, distance in enumerate(AT.tolist()):
@@ -63,30 +97,40 @@ def test_norms_are_those_of_the_full_product_at_every_distance(tiny, kind, rope)
             parts = (norms.weight, norms.query_bias, norms.key_bias, norms.biases)
             for part, brute in zip(parts, expected, strict=True):
                 torch.testing.assert_close(part[:, i], brute, rtol=1e-5, atol=1e-6)
-        # Biases were noticed where there are any, and rotation changes the norm.
-        assert (norms.query_bias > 0).all() == (kind == "qwen2")
-        assert (norms.weight.std(-1) > 1e-3 * norms.weight[:, 0]).all()
 
 
 def _largest_measured(model, tokens):
-    largest = []
+    largest = {}
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        largest.append(scale * torch.einsum("ihd,jhd->hij", q, keys).abs().amax((1, 2)))
+        logits = options.cap(options.scale * torch.einsum("ihd,jhd->hij", q, keys))
+        largest[layer] = logits.abs().amax((1, 2))
 
     with torch.no_grad(), observe(sparsify(model, Budget.dense()), observer):
         model.base_model(input_ids=tokens)
     return largest
 
 
-def test_no_logit_of_a_model_with_qk_norm_passes_its_ceiling(tiny, tokens):
-    model = _with_biases(tiny("qwen3"))
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_no_logit_of_a_model_with_qk_norm_passes_its_ceiling(kind, tokens):
+    model = _with_biases(build(kind, **dict(VARIANTS)[kind]))
     norms = logit_norms(model, distances(256))
-    for layer, measured in enumerate(_largest_measured(model, tokens(1, 256))):
-        ceiling = norms[layer].largest_logit(1.0, 256, 0.05)
-        assert (measured <= ceiling).all()
-        assert (ceiling == norms[layer].ceiling).all()
+    measured = _largest_measured(model, tokens(1, 256))
+    for layer, own in norms.items():
+        ceiling = own.largest_logit(1.0, 256, 0.05)
+        assert (measured[layer] <= ceiling).all()
+        assert (ceiling < 5 * measured[layer]).all(), "a ceiling that says something"
+        assert (ceiling == own.ceiling).all()
+
+
+def test_no_logit_passes_a_soft_cap(tokens):
+    model = build("gemma2", **dict(VARIANTS)["gemma2"]).double()
+    (own,) = logit_norms(model, distances(64)).values()
+    near, far = (own.largest_logit(size, 64, 0.05) for size in (0.01, 100.0))
+    torch.testing.assert_close(far, torch.full_like(far, 10.0))
+    assert (near < 0.01).all()
+    assert (_largest_measured(model, tokens(1, 64))[1] <= far).all()
 
 
 def test_the_ceiling_is_attained_across_a_rotated_pair(tiny):

@@ -1,12 +1,15 @@
 """A sparsified model under a budget that drops blocks."""
 
 import copy
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from lit_sparse.attention import select, sparse_attention
+from lit_sparse.attention.options import Options
 from lit_sparse.budget import Budget
 from lit_sparse.models import (
     dense_attention,
@@ -17,6 +20,9 @@ from lit_sparse.models import (
     set_dense,
     sparsify,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import VARIANTS, build
 
 BUDGET = Budget.fixed(96, sink=16, local=0.25)
 LENGTH = 256
@@ -85,6 +91,19 @@ def test_padding_changes_nothing(sparse, tokens):
         padded = sparse(ids, attention_mask=mask, use_cache=False).logits
         alone = sparse(ids[1:, 40:], use_cache=False).logits
     torch.testing.assert_close(padded[1:, 40:], alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_checkpointing_with_windows_soft_caps_and_sinks(kind, tokens):
+    model = build(kind, **dict(VARIANTS)[kind]).train()
+    sparsify(model, BUDGET, block=16, tile=16)
+    ids, positions = tokens(1, 200), torch.cat([torch.arange(150), torch.arange(50)])[None]
+    loss, plain = train_step(model, ids, position_ids=positions)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, checkpointed = train_step(model, ids, position_ids=positions)
+    assert torch.equal(loss, again)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -229,8 +248,8 @@ def test_scale_of_the_layer(tiny, tokens):
             model(ids, use_cache=False)
         with dense_attention(model):
             dense = model(ids, use_cache=False).logits
-    q, k, selection, scale = selections[0]
-    assert scale == 0.5
+    q, k, selection, options = selections[0]
+    assert options == Options(0.5)
     of_scale, of_default = (select(q, k, BUDGET, scale=s, block=16, tile=16) for s in (0.5, None))
     assert torch.equal(selection.columns, of_scale.columns)
     assert not torch.equal(selection.columns, of_default.columns)
@@ -243,11 +262,11 @@ def test_autocast_does_not_reach_into_the_operator(llama, tokens):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = llama(tokens(1, LENGTH), use_cache=False).logits
     assert logits.dtype == torch.bfloat16
-    _, q, k, v, out, lse, selection, scale, _ = seen[1]
+    _, q, k, v, out, lse, selection, options, _ = seen[1]
     assert {t.dtype for t in (q, k, v, out)} == {torch.bfloat16}
-    again = select(q, k, BUDGET, scale=scale, block=16, tile=16)
+    again = select(q, k, BUDGET, scale=options.scale, block=16, tile=16)
     assert torch.equal(again.columns, selection.columns)
-    outside = sparse_attention(q, k, v, again, scale=scale)
+    outside = sparse_attention(q, k, v, again, scale=options.scale)
     assert torch.equal(outside[0], out)
     assert torch.equal(outside[1], lse)
 
@@ -297,13 +316,13 @@ def test_observers(llama, tokens):
     assert [seen[0] for seen in every] == [0, 1, 0, 1]
     assert second == [1]
     assert third == [0, 1] * 3
-    _, q, k, v, out, lse, selection, scale, documents = every[0]
+    _, q, k, v, out, lse, selection, options, documents = every[0]
     assert q.shape == out.shape == (260, 4, 16)
     assert k.shape == v.shape == (260, 2, 16)
     assert lse.shape == (260, 4)
     assert lse.dtype == torch.float32
     assert not any(t.requires_grad for t in (q, k, v, out, lse))
-    assert scale == 16**-0.5
+    assert options == Options(16**-0.5)
     assert documents.cu_seqlens == (0, 130, 260)
     assert 0 < selection.density <= 1
     # What the observer saw is what the layer computed: row 0 attends to itself only.

@@ -6,12 +6,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_sparse.attention import select
+from lit_sparse.attention.options import Options
 from lit_sparse.attention.plan import make_plan
 from lit_sparse.budget import Budget
 from lit_sparse.data import ByteTokenizer
 from lit_sparse.models import dense_attention, observe, sparsify
 from lit_sparse.recipes.benchmark import main
-from lit_sparse.recipes.benchmark.selection import Quality, Rule, far_blocks, rules
+from lit_sparse.recipes.benchmark.selection import Quality, Rule, block_masses, far_blocks, rules
 
 LENGTH, BLOCK, TILE = 200, 8, 16
 BUDGET = Budget(3, 0.5, floor=0, sink=8, local=0.25, late=0.25)
@@ -163,12 +164,27 @@ def test_a_scorer_that_keeps_everything_misses_nothing(observed):
     layers, _ = observed
     quality = Quality([Rule("working set", "exact", 0.1, TILE)], Budget.dense(), BLOCK)
     quality.rows = torch.arange(150, 200)
-    quality(0, *layers[0], *[None] * 6)
+    quality(0, *layers[0], *[None] * 4, Options(0.5), None)
     (entry,) = quality.results()
     assert entry["far_recall"] == 1.0
     assert entry["rows_and_heads_with_far_blocks"] == 50 * 4
     assert entry["missed_mass"] == 0.0
     assert entry["density"] == entry["executed_density"] == 1.0
+
+
+def test_block_masses_with_a_soft_cap_and_sinks(observed):
+    """What is missing of the whole is the sink's."""
+    (q, k), sinks = observed[0][1], torch.tensor([-1.0, 0.0, 2.0, 6.0])
+    rows = torch.tensor([40, 120])
+    masses = block_masses(q, k, rows, Options(0.5, softcap=3.0, sinks=sinks), BLOCK)
+    keys = k.repeat_interleave(2, 1)
+    for i, row in enumerate(rows.tolist()):
+        for head in range(4):
+            logits = 3 * (0.5 * keys[: row + 1, head] @ q[row, head] / 3).tanh()
+            weights = torch.cat([logits, sinks[head : head + 1]]).softmax(0)[:-1]
+            own = masses[head // 2, head % 2, i]
+            torch.testing.assert_close(own.sum(), weights.sum())
+            torch.testing.assert_close(own[2], weights[2 * BLOCK : 3 * BLOCK].sum())
 
 
 def test_far_blocks_agree_with_the_plan_where_it_tells_them():

@@ -120,10 +120,10 @@ def test_the_check_is_the_dropped_mass_of_the_operator(made, place):
     generator = torch.Generator().manual_seed(0)
     missed, losses = [], {"sparse": [], "dense": []}
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         rows = torch.randperm(127, generator=generator)[:63].sort().values + 384
         rows = torch.cat([rows, torch.tensor([511])])
-        logits = scale * torch.einsum("rhd,thd->hrt", q[rows], k.repeat_interleave(2, 1))
+        logits = options.scale * torch.einsum("rhd,thd->hrt", q[rows], k.repeat_interleave(2, 1))
         logits[:, torch.arange(512) > rows[:, None]] = -torch.inf
         kept = selection.to_mask()[:, rows].repeat_interleave(2, 0)
         missed.append(logits.softmax(-1).masked_fill(kept, 0).sum(-1).flatten())
@@ -274,6 +274,34 @@ def test_logits_that_are_not_finite_name_their_layer(place, tmp_path, capsys):
     assert calibrate(place, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("layer 1 has logits that are not finite")
+
+
+def test_layers_with_a_window_of_their_own_are_left_out(place, tmp_path, capsys):
+    """The sharp layer alone is measured, and named by its number in the model."""
+    model = build_model(pretrained=place / "model")
+    keys = {key: getattr(model.config, key) for key in ("vocab_size", "hidden_size")}
+    keys |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    keys |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 256}
+    windows = {"use_sliding_window": True, "sliding_window": 16}
+    windows["layer_types"] = ["sliding_attention", "full_attention"]
+    partly = build_model(architecture={"model_type": "qwen2", **keys, **windows})
+    partly.load_state_dict(model.state_dict(), strict=False)
+    partly.save_pretrained(tmp_path / "partly")
+    small = ["--prompts", "0", "--steps", "1", "--lengths", "32,64,128"]
+    calibrate(place, tmp_path / "out", "--model", str(tmp_path / "partly"), *small)
+    found = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert found["fits"]["layers"] == [1]
+    assert len(found["fits"]["exponent"]) == 1
+    assert found["law"]["layers"] == {}
+    assert list(found["check"]["attempts"][0]["missed_p95_by_layer"]) == ["1"]
+    assert "layer 1: k(n)" in capsys.readouterr().out
+
+    everywhere = {"model_type": "mistral", **keys, "sliding_window": 16}
+    build_model(architecture=everywhere).save_pretrained(tmp_path / "everywhere")
+    nowhere = ["--model", str(tmp_path / "everywhere"), *small]
+    assert calibrate(place, tmp_path / "none", *nowhere) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "every layer of this MistralForCausalLM has a sliding window" in error
 
 
 def test_mistakes_are_one_line(place, tmp_path, capsys, made):

@@ -92,9 +92,9 @@ def _run_densely(folder, kind, name):
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_hook(lambda _, __, x: inputs.append(x[0]))
 
-    def observer(layer, q, k, v, out, lse, selection, scale, documents):
+    def observer(layer, q, k, v, out, lse, selection, options, documents):
         keys = k.repeat_interleave(2, 1)
-        logits.append(scale * torch.einsum("ihd,jhd->hij", q, keys)[:, -ROWS:])
+        logits.append(options.scale * torch.einsum("ihd,jhd->hij", q, keys)[:, -ROWS:])
 
     with torch.no_grad(), observe(sparsify(model, Budget.dense()), observer):
         model.model(ids, use_cache=False)
@@ -185,6 +185,25 @@ def test_a_tight_qk_norm_makes_the_law_infeasible_for_certain(tmp_path, capsys):
     assert main([*_arguments(tmp_path, "tight")]) == 0
     printed = capsys.readouterr().out
     assert "Infeasible at 8k, 32k, 128k, 1M: QK-norm lets no row of layers 0-1 reach it" in printed
+
+
+def test_layers_with_a_window_of_their_own_are_left_out(tmp_path, capsys):
+    """A model with two rotations, of whose layers one obeys the law; one with a fused matrix."""
+    types = ["sliding_attention", "full_attention"]
+    window = {"sliding_window": 16, "layer_types": types}
+    _build("gemma3_text", head_dim=8, **window).save_pretrained(tmp_path / "gemma")
+    _build("phi3").save_pretrained(tmp_path / "phi")
+    assert main([*_arguments(tmp_path, "gemma", "phi"), "--json", str(tmp_path / "f.json")]) == 0
+    gemma, phi = json.loads((tmp_path / "f.json").read_text())["models"]
+    assert [layer["layer"] for layer in gemma["layers"]] == [1]
+    assert [layer["layer"] for layer in phi["layers"]] == [0, 1]
+    (only,) = gemma["layers"]
+    pairs = zip(only["largest_logit"], only["qk_norm_ceiling"], strict=True)
+    assert all(0 < measured <= ceiling for measured, ceiling in pairs)
+    capsys.readouterr()
+    _build("phi3", sliding_window=16).save_pretrained(tmp_path / "windows")
+    assert main(_arguments(tmp_path, "windows")) == 2
+    assert "every layer of this Phi3ForCausalLM has a sliding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

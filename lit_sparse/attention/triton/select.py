@@ -44,15 +44,16 @@ def select(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Selection:
     q [T, Hq, D], k [Tk, Hkv, D] on one device. Block means are rounded to their dtype.
     """
     heads, slots = k.shape[1], int(plan.offsets[-1])
-    # Where nothing is dropped all heads have one list, and it is a quadratic one: a single copy.
-    lists = 1 if plan.keeps_everything else heads
+    # Where lengths decide alone all heads have one list, a quadratic one if nothing is dropped: a
+    # single copy.
+    lists = heads if plan.chooses else 1
     columns = torch.empty(lists, slots, dtype=torch.int32, device=q.device)
     entry = torch.empty_like(columns)
     run(
         fill_kernel, (plan.tiles, lists),
         columns, entry, tables(plan, q.device).tiles, slots, TILE_FIELDS, 128,
     )  # fmt: skip
-    if not plan.keeps_everything:
+    if plan.chooses:
         _choose(q, k, plan, scale, columns, entry)
     return Selection(plan, columns.expand(heads, slots), entry.expand(heads, slots))
 

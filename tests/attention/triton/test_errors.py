@@ -71,14 +71,6 @@ def test_cpu_tensors_without_the_interpreter_are_refused():
     assert "takes CUDA tensors, got CPU ones: pass backend='cpu'" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["window", "softcap", "sinks"])
-def test_the_cpu_backend_says_who_has_an_option(name):
-    value = {"window": 4, "softcap": 2.0, "sinks": torch.zeros(4)}[name]
-    selection = select(Q, K, Budget(), block=16)
-    with pytest.raises(NotImplementedError, match=f"{name}: the cpu backend does not have it"):
-        sparse_attention(Q, K, V, selection, **{name: value})
-
-
 def test_no_tokens_at_all():
     if not backend.interpreting():
         pytest.skip("CPU tensors need the interpreter")
