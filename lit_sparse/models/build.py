@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 # Not fields of a config class, and yet read by every one that has RoPE.
-_LEGACY = frozenset({"rope_theta", "rope_scaling"})
+_LEGACY = frozenset({"rope_theta", "rope_scaling", "head_dim"})
 
 
 def build_model(

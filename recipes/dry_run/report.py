@@ -13,7 +13,13 @@ from lit_sparse.recipes.dry_run.build import Build
 from lit_sparse.recipes.dry_run.data import Source
 from lit_sparse.recipes.estimate.gpus import Gpu
 from lit_sparse.recipes.estimate.memory import Memory
-from lit_sparse.recipes.estimate.report import count, digits, kernel_refusals, memory_unit
+from lit_sparse.recipes.estimate.report import (
+    count,
+    digits,
+    kernel_refusals,
+    keys_at,
+    memory_unit,
+)
 from lit_sparse.recipes.estimate.sizing import stage_work
 
 _LABEL = 11
@@ -81,16 +87,13 @@ def _model(build: Build) -> list[str]:
 def _stages(build: Build) -> list[str]:
     settings, rows = build.settings, []
     for i, stage in enumerate(settings.curriculum.stages):
-        budgets = settings.budgets(stage)
-        most = max(budgets, key=lambda budget: budgets[budget])
-        dense = stage.attention == "dense"
         rows.append(
             [
                 str(i + 1),
                 tokens(stage.length),
                 str(stage.steps),
                 count(stage.steps * settings.rows_per_step * settings.row_tokens),
-                "dense" if dense else str(most(stage.length)),
+                keys_at(settings, stage),
                 f"{stage_work(settings, stage).executed:.3f}",
                 _rope(build.ropes[i]),
                 f"{build.peaks[i]:.2e}",
@@ -98,8 +101,10 @@ def _stages(build: Build) -> list[str]:
         )
     names = ("stage", "length", "steps", "tokens", "k(n)", "executed", "RoPE", "learning rate")
     _, *table = render_table([("", names)], rows)
-    own = settings.law.layers
-    others = f"; {len(own)} layers have laws of their own" if own else ""
+    own = len(settings.law.layers)
+    windows = sum(window is not None for window in settings.model.windows)
+    others = f"; {own} layers have laws of their own" if own else ""
+    others += f"; {windows} layers keep their sliding windows" if windows else ""
     law = (
         f"{settings.law.budget}, blocks of {settings.law.block} keys{others}; executed: share of "
         "the causal pairs; learning rate: the stage's largest"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_sparse.models import check_support, model_config
+from lit_sparse.models import attention_layers, check_support, model_config, window_of
 from lit_sparse.models.lora import LoRA, add_lora
 
 
@@ -22,13 +22,14 @@ class Model:
         config: of transformers.
         parameters: all of them; tied ones count once.
         trained: of them, those that an optimizer changes.
-        matrices: parameters of the layers that every token is multiplied with: neither embeddings,
-            nor norms, biases and the head.
+        matrices: parameters of the layers that a token is multiplied with: neither embeddings, nor
+            norms, biases and the head; of experts those that a token is sent to.
         trained_matrices: of them, likewise.
         head: parameters of the language-model head.
         trains_head: whether it is trained.
-        mlp: parameters of all MLPs.
+        mlp: of them, those of all MLPs.
         largest: parameters of the largest module that has any itself.
+        windows: of each layer its own sliding window in tokens; None: it obeys the law.
         lora: its adapters.
     """
 
@@ -41,6 +42,7 @@ class Model:
     trains_head: bool
     mlp: int
     largest: int
+    windows: tuple[int | None, ...] = ()
     lora: LoRA | None = None
 
     @property
@@ -72,6 +74,11 @@ class Model:
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def experts(self) -> int | None:
+        """Experts that a token is sent to; None for a model without any."""
+        return _experts(self.config)
+
     def shallow(self, layers: int) -> Any:
         """Its config with fewer layers and a vocabulary of no size to speak of."""
         config = copy.deepcopy(self.config)
@@ -102,21 +109,37 @@ def read_model(
     if lora is not None:
         add_lora(model, lora)
     layers = model.base_model.layers
-    matrices = [p for p in layers.parameters() if p.dim() > 1]
+    experts = _experts(config)
     head = model.get_output_embeddings().weight
     return Model(
         config=model.config,
         parameters=_size(model.parameters()),
         trained=_size(p for p in model.parameters() if p.requires_grad),
-        matrices=_size(matrices),
-        trained_matrices=_size(p for p in matrices if p.requires_grad),
+        matrices=_multiplied(layers.parameters(), experts),
+        trained_matrices=_multiplied((p for p in layers.parameters() if p.requires_grad), experts),
         head=head.numel(),
         trains_head=head.requires_grad,
-        mlp=sum(_size(layer.mlp.parameters()) for layer in layers),
+        mlp=sum(_multiplied(layer.mlp.parameters(), experts) for layer in layers),
         largest=max(_size(module.parameters(recurse=False)) for module in model.modules()),
+        windows=tuple(window_of(model, layer) for layer, _ in attention_layers(model)),
         lora=lora,
     )
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
+
+
+def _experts(config: Any) -> int | None:
+    return getattr(config, "num_experts_per_tok", None)
+
+
+def _multiplied(parameters: Iterable[nn.Parameter], experts: int | None) -> int:
+    """The size of the matrices: of a stack [experts, ...] so many of them."""
+    total = 0
+    for p in parameters:
+        if p.dim() == 2:
+            total += p.numel()
+        elif p.dim() == 3 and experts is not None:
+            total += p.numel() // len(p) * experts
+    return total

@@ -14,6 +14,7 @@ from lit_sparse.recipes.estimate.memory import PARTS, Memory
 from lit_sparse.recipes.estimate.result import Estimate
 from lit_sparse.recipes.estimate.settings import Settings
 from lit_sparse.recipes.estimate.sizing import remedies, smallest
+from lit_sparse.training import Stage
 
 NOTE = (
     "Rows are assumed full of documents of the stage's length. FLOPs of what is executed: 2 a "
@@ -81,13 +82,19 @@ def _stages(found: Estimate) -> list[str]:
 
     rows = []
     for stage, work in zip(settings.curriculum.stages, found.work, strict=True):
-        budgets = settings.budgets(stage)
-        most = max(budgets, key=lambda budget: budgets[budget])
-        keys = "dense" if stage.attention == "dense" else str(most(stage.length))
+        keys = keys_at(settings, stage)
         law = [keys, f"{work.executed:.3f}"]
         rows.append(row([tokens(stage.length)], stage.steps, law, [work]))
     rows.append(row(["all"], settings.curriculum.total_steps, ["", ""], found.work))
     return render_table(groups, rows)
+
+
+def keys_at(settings: Settings, stage: Stage) -> str:
+    """k(n) at a stage's length, of most of the layers that obey a law."""
+    kinds = {keeps: n for keeps, n in settings.kinds(stage).items() if keeps.window is None}
+    if stage.attention == "dense" or not kinds:
+        return "dense" if kinds else "windows"
+    return str(max(kinds, key=lambda keeps: kinds[keeps]).budget(stage.length))
 
 
 def _shardings(found: Estimate, table: Sequence[Memory], unit: int) -> list[str]:

@@ -23,6 +23,7 @@ from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.models import Law
 from lit_sparse.models.lora import LoRA
+from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.model import Model, read_model
 from lit_sparse.recipes.estimate.sharding import Sharding, Zero, refusal
 from lit_sparse.recipes.estimate.step import Recipe
@@ -86,19 +87,22 @@ class Settings:
             loss_chunk=self.loss_chunk,
         )
 
-    def budgets(self, stage: Stage) -> Mapping[Budget, int]:
-        """The budgets of a stage -> how many layers have it."""
-        if stage.attention == "dense":
-            return {Budget.dense(): self.model.layers}
+    def kinds(self, stage: Stage) -> Mapping[Keeps, int]:
+        """What layers keep in a stage -> how many do."""
         budget = stage.budget or self.law.budget
-        return Counter(self.law.layers.get(i, budget) for i in range(self.model.layers))
+        found: Counter[Keeps] = Counter()
+        for layer, window in enumerate(self.model.windows):
+            own = self.law.layers.get(layer, budget)
+            dense = stage.attention == "dense" or window is not None
+            found[Keeps(Budget.dense() if dense else own, window)] += 1
+        return found
 
-    def plan(self, length: int, budget: Budget, row_tokens: int | None = None) -> Plan:
+    def plan(self, length: int, keeps: Keeps, row_tokens: int | None = None) -> Plan:
         """Of a row full of documents of so many tokens; a last one is what is left."""
         row = row_tokens or self.row_tokens
         bounds = (*range(0, row, length), row)
         tile = self.law.tile or default_tile(self.model.groups)
-        return make_plan(bounds, bounds, budget, self.law.block, tile)
+        return make_plan(bounds, bounds, keeps.budget, self.law.block, tile, keeps.window)
 
 
 def read_settings(argv: list[str], gpus: int | None) -> Settings:

@@ -162,8 +162,18 @@ def _without_memory(module: nn.Module | None = None) -> Iterator[None]:
 
 
 def _decoder(model: Model, recipe: Recipe, layers: int) -> Any:
-    """On the meta device."""
+    """On the meta device.
+
+    Raises:
+        NotImplementedError: products of experts that PyTorch has in bfloat16 alone.
+    """
     from transformers import AutoModel
+
+    if model.experts is not None and recipe.dtype != torch.bfloat16:
+        raise NotImplementedError(
+            "a model of experts is estimated with weights in bfloat16 alone: take "
+            "trainer.precision bf16-true"
+        )
 
     with torch.device("meta"):
         decoder: Any = AutoModel.from_config(model.shallow(layers), dtype=recipe.dtype).train()

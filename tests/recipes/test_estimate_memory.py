@@ -19,6 +19,7 @@ from lit_sparse.attention import select
 from lit_sparse.attention.plan import make_plan
 from lit_sparse.budget import Budget
 from lit_sparse.models import sparsify
+from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.live import LiveBytes
 from lit_sparse.recipes.estimate.memory import cache_bytes
 from lit_sparse.recipes.estimate.model import Model, read_model
@@ -70,20 +71,29 @@ def test_sharded_states_are_those_of_the_zero_paper():
 
 def test_lists_are_as_large_as_real_ones(config):
     given = settings(config)
-    plan = given.plan(1024, given.law.budget)
+    plan = given.plan(1024, Keeps(given.law.budget))
     found = decoder_bytes(given.model, given.recipe(Sharding(1, 0)), plan, 1)
     q, k = torch.randn(1024, 4, 16), torch.randn(1024, 2, 16)
     selection = select(q, k, given.law.budget, block=16, tile=16)
     assert found.layer["selection"] == selection.columns.nbytes + selection.entry.nbytes
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+OTHERS = ["gemma2", "gemma3_text", "phi3", "gpt_oss", "qwen3_moe", "mixtral"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*product(KINDS, (torch.float32, torch.bfloat16)), *product(OTHERS, (torch.bfloat16,))],
+)
 def test_what_a_real_forward_keeps(kind, dtype):
     model, budget = read_model(None, keys(kind)), Budget(4, 0.5, floor=64, sink=16)
-    plan = make_plan((0, 600, 1024), (0, 600, 1024), budget, 16, 16)
-    found = decoder_bytes(model, Recipe(dtype), plan, 1)
-    expected = found.once.total() + 3 * found.layer.total()
+    assert len(model.windows) == 3
+    expected = 0
+    for i, window in enumerate(model.windows):
+        plan = make_plan((0, 600, 1024), (0, 600, 1024), budget, 16, 16, window)
+        found = decoder_bytes(model, Recipe(dtype), plan, 1)
+        expected += found.layer.total() + (found.once.total() if i == 0 else 0)
     real = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     sparsify(real, budget, block=16, tile=16)
     positions = torch.cat([torch.arange(600), torch.arange(424)])[None]
