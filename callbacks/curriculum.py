@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -116,7 +117,8 @@ class ContextCurriculum(Callback):
     on_test_epoch_start = on_validation_epoch_start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self._stage}
+        # The stages are for the model card of an export from the checkpoint.
+        return {"stage": self._stage, "stages": [asdict(s) for s in self.curriculum.stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         stage = state_dict["stage"]
@@ -169,7 +171,8 @@ class ContextCurriculum(Callback):
             )
 
     def _check_lengths(self, model: Any) -> None:
-        reach, ruled = RopeOrigin.of(model).context, ""
+        origin = RopeOrigin.of(model)
+        reach, ruled = origin.context, ""
         for i, stage in enumerate(self.curriculum.stages):
             if stage.rope is not None and "rule" not in stage.rope:
                 return  # who gives parameters says how far they reach
@@ -177,8 +180,10 @@ class ContextCurriculum(Callback):
                 reach = max(reach, stage.length)
                 ruled = f", or with the rule of stages[{i}]"
             elif stage.length > reach:
+                kind = origin.parameters["rope_type"]  # a scaled model goes on by its own rule
+                rule = kind if kind in ("linear", "yarn", "llama3") else "abf"
                 raise ValueError(
                     f"curriculum.stages[{i}].length = {stage.length} is longer than the {reach} "
                     f"positions of the model (max_position_embeddings{ruled}): give the stage a "
-                    "RoPE rule, e.g. rope: {rule: abf}"
+                    f"RoPE rule, e.g. rope: {{rule: {rule}}}"
                 )

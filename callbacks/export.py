@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +14,19 @@ from pytorch_lightning.utilities import rank_zero_info
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models import named_models
+from lit_sparse.models.card import Training
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 from lit_sparse.models.lora import adapted
 from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
+from lit_sparse.training.curriculum import find_curriculum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class HuggingFaceExport(Callback):
-    """Save model (safetensors, with the law and the last stage's RoPE in its config) and tokenizer.
+    """Save model (safetensors, with the law and the last stage's RoPE in its config), tokenizer,
+    generation config and a model card of law, stages and the last measured gap.
 
     The directory loads in plain transformers as an ordinary dense model;
     `lit_sparse.sparsify(model)` makes it the sparse one again. Weights that the strategy has
@@ -34,7 +38,7 @@ class HuggingFaceExport(Callback):
 
     Args:
         directory: where to; relative to the trainer's log directory. A model that is there is
-            replaced.
+            replaced, but a README.md that you wrote or changed stays.
         adapter_directory: the same for adapters alone.
     """
 
@@ -66,7 +70,7 @@ class HuggingFaceExport(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for model, place, adapter_place in self._places(trainer, pl_module):
-            _write(trainer, model, place, adapter_place)
+            _write(trainer, model, place, adapter_place, _training(trainer, pl_module, model))
             rank_zero_info(f"Hugging Face directory: {place}")
             if adapted(model) is not None:
                 rank_zero_info(f"adapters alone: {adapter_place}")
@@ -84,7 +88,20 @@ class HuggingFaceExport(Callback):
         return [(model, target / path, adapter / path) for path, model in named.items()]
 
 
-def _write(trainer: Trainer, model: PreTrainedModel, directory: Path, adapter: Path) -> None:
+def _training(trainer: Trainer, pl_module: LightningModule, model: PreTrainedModel) -> Training:
+    curriculum, adapters = find_curriculum(trainer), adapted(model)
+    return Training(
+        steps=trainer.global_step,
+        pretrained=pl_module.hparams.get("pretrained") or model.config.name_or_path or None,
+        stages=[asdict(stage) for stage in curriculum.stages] if curriculum else [],
+        measured={name: float(value) for name, value in trainer.callback_metrics.items()},
+        lora=asdict(adapters.lora) if adapters else None,
+    )
+
+
+def _write(
+    trainer: Trainer, model: PreTrainedModel, directory: Path, adapter: Path, training: Training
+) -> None:
     writes = trainer.is_global_zero
     tensors = stored_tensors(model)
     weights = {
@@ -114,6 +131,7 @@ def _write(trainer: Trainer, model: PreTrainedModel, directory: Path, adapter: P
         directory,
         *merged_weights(model, weights, read),
         tokenizer=getattr(datamodule_of(trainer), "text_tokenizer", None),
+        training=training,
         on_disk=on_disk,
     )
     if adapted(model) is not None:

@@ -2,7 +2,8 @@
 
 SOURCE is a checkpoint, or a run directory, whose newest whole checkpoint is taken. One process
 does it, without a GPU. The result loads in plain transformers as an ordinary dense model, and
-lit_sparse.sparsify(model) makes it the sparse one.
+lit_sparse.sparsify(model) makes it the sparse one. Its README.md, the model card, tells the law,
+the stages and the gap that training measured last; one that you wrote or changed stays.
 
 Adapters (model.lora) are merged into the weights that they were trained on, read from where those
 were; --adapter writes them alone, for peft.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed.checkpoint import RUN
 from lit_sparse.distributed.stored_weights import checkpoint_weights
 from lit_sparse.models import pretrained_generation
+from lit_sparse.models.card import Training
 from lit_sparse.models.export import check_replaceable, write_model
 from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
 from lit_sparse.recipes.run_directory import CONFIG
@@ -119,7 +122,14 @@ def _export(options: argparse.Namespace) -> None:
         if pretrained and (generation := pretrained_generation(pretrained)) is not None:
             model.generation_config = generation
         merged, read = merged_weights(model, trained.tensors, trained.read, trained.dtype)
-        write_model(model, places[name], merged, read, tokenizer=tokenizer)
+        write_model(
+            model,
+            places[name],
+            merged,
+            read,
+            tokenizer=tokenizer,
+            training=_training(state, name),
+        )
         size = sum(tensor.numel() for tensor in merged.values())
         print(
             f"{places[name]}: {type(model).__name__} after {state['global_step']} steps, "
@@ -168,6 +178,22 @@ def _state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} does not say which models it holds: it was not written by RunCheckpoint"
         )
     return state
+
+
+def _training(state: Mapping[str, Any], name: str) -> Training:
+    """What the model card says: stages and metrics as the checkpoint remembers them."""
+    curriculum = (state.get("callbacks") or {}).get("ContextCurriculum") or {}
+    pretrained = (state.get("hyper_parameters") or {}).get("pretrained")
+    own = state["lit_sparse"]
+    logged = (own.get("logged") or {}).get("callback") or {}
+    adapters = (own.get("adapters") or {}).get(name)
+    return Training(
+        steps=state["global_step"],
+        pretrained=pretrained or own["models"][name].get("_name_or_path") or None,
+        stages=curriculum.get("stages", []),
+        measured={metric: float(value) for metric, value in logged.items()},
+        lora=adapters and adapters["lora"],
+    )
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer | None:

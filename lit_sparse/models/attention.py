@@ -111,18 +111,39 @@ def attend_whole(
 
 
 def padding_mask(
-    *, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
     """The 2D padding mask, or None, under the contract of transformers' `AttentionMaskInterface`.
 
-    No n x n mask is built, as for flash attention. Whether a mask has padding depends on data: a
+    No n x n mask is built, as for flash attention. A mask with fewer columns than there are keys
+    tells how much of a static cache is filled. Whether a mask has padding depends on data: a
     compiled graph, which cannot ask, hands over every mask, and `find_documents` looks.
+
+    Raises:
+        ValueError: the mask does not cover the cached tokens.
     """
+    compiling = torch.compiler.is_compiling()
     if attention_mask is None:
-        return None
+        if compiling or (filled := int(q_offset) + q_length - kv_offset) >= kv_length:
+            return None
+        return torch.ones(batch_size, filled, dtype=torch.bool, device=device)
+    # Of a window's cache, which drops tokens, the mask may have been cut already.
+    if not compiling and attention_mask.shape[1] < min(int(q_offset) + q_length, kv_length):
+        raise ValueError(
+            f"the attention mask covers {attention_mask.shape[1]} tokens, but with the cached ones "
+            f"there are {int(q_offset) + q_length}: pass the mask of all of them"
+        )
     attention_mask = attention_mask[:, -kv_length:]
     whole = attention_mask.shape[1] == kv_length
-    if whole and not torch.compiler.is_compiling() and attention_mask.all():
+    if whole and not compiling and attention_mask.all():
         return None
     return attention_mask
 

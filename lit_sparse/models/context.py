@@ -15,12 +15,14 @@ from torch import nn
 
 from lit_sparse.models.rope import (
     KEYS,
+    check_numbers,
     merged_rope,
     replace_rope,
     rope_parameters,
     rotary_dimensions,
     scales_by_positions,
 )
+from lit_sparse.models.serving import multiplies_positions
 
 _ORIGIN = "lit_sparse_rope_origin"
 """Name of the attribute by which a model remembers its origin; never saved."""
@@ -31,22 +33,29 @@ class RopeOrigin:
     """RoPE of a model as it was loaded: what rules start from.
 
     Args:
-        parameters: `config.rope_parameters`.
+        parameters: `config.rope_parameters`, of the layers with full attention.
         positions: `config.max_position_embeddings`, in tokens.
         dimensions: of a head that are rotated.
+        model_type: of the config.
     """
 
     parameters: Mapping[str, Any]
     positions: int
     dimensions: int
+    model_type: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> RopeOrigin:
         """The model's RoPE at the first call; later calls give the same whatever changed since."""
         found = getattr(model, _ORIGIN, None)
         if found is None:
-            positions = cast(Any, model).config.max_position_embeddings
-            found = cls(rope_parameters(model), positions, rotary_dimensions(model))
+            config = cast(Any, model).config
+            found = cls(
+                rope_parameters(model),
+                config.max_position_embeddings,
+                rotary_dimensions(model),
+                config.model_type,
+            )
             setattr(model, _ORIGIN, found)
         return found
 
@@ -80,7 +89,8 @@ def extend_context(
             parameters = rule_parameters(rope, length, origin)
         elif rope is not None:
             parameters = merged_rope(parameters, rope, origin.positions)
-    positions = max(origin.positions, stages[-1][0])
+    check_numbers(parameters)
+    positions = stored_positions(parameters, stages[-1][0], origin)
     if positions > origin.positions and scales_by_positions(parameters):
         raise ValueError(
             f"rope_type {parameters['rope_type']!r} scales by max_position_embeddings, which would "
@@ -90,6 +100,23 @@ def extend_context(
     now = (rope_parameters(model), cast(Any, model).config.max_position_embeddings)
     if now != (parameters, positions):
         replace_rope(model, parameters, positions)
+
+
+def stored_positions(parameters: Mapping[str, Any], length: int, origin: RopeOrigin) -> int:
+    """`max_position_embeddings` of a config that says that the model reaches `length` tokens.
+
+    transformers computes no frequencies from it where RoPE has a factor, or needs none. vLLM
+    derives its longest sequence from it: times the factor where rope_type is "linear", so that it
+    has to be the context before scaling; for "yarn" original_max_position_embeddings * factor, or
+    since vllm#56446 the value itself, so that it has to be that product. See `models.serving`.
+    """
+    if length <= origin.positions and parameters == origin.parameters:
+        return origin.positions
+    reach = max(length, origin.context)
+    if multiplies_positions(origin.model_type, parameters["rope_type"]):
+        # The factor is a rounded quotient: 1000 must not become 1001 over 1001 / 1000.
+        return math.ceil(reach / (parameters.get("factor") or 1.0) - 1e-6)
+    return reach
 
 
 def rule_parameters(rope: Mapping[str, Any], length: int, origin: RopeOrigin) -> dict[str, Any]:
@@ -106,11 +133,17 @@ def rule_parameters(rope: Mapping[str, Any], length: int, origin: RopeOrigin) ->
       trained with 5e5, and 2.2e7 for Llama 3 at 64k, where ProLong (arXiv 2410.02660) took 8e6:
       `theta` sets the base instead.
     - `ntk`: theta' = theta * s ** (d / (d - 2)): the lowest frequency falls by s, the highest
-      stays. It raises theta less than `abf` and suits little training.
+      stays. It raises theta less than `abf`.
     - `linear`, position interpolation (arXiv 2306.15595): factor s.
     - `yarn` (arXiv 2309.00071): factor s; takes beta_fast, beta_slow, attention_factor, mscale,
       mscale_all_dim, truncate.
     - `llama3` (Llama 3.1): factor s; low_freq_factor 1 and high_freq_factor 4 unless given.
+
+    Which one, by what their papers report: `abf` where training is long (2309.16039: of the
+    variants it tried, the only one that kept retrieving over all 32,768 tokens; ProLong trained
+    40 billion tokens with a base raised further); `yarn` where it is short (2309.00071: 400 steps,
+    a tenth of the tokens of `linear` and `ntk`, which it surpassed with and without them);
+    `llama3` to go on from a model that has it; `linear` and `ntk` to compare with.
 
     A length of at most C changes nothing. A model that was loaded with rope_type linear, yarn or
     llama3 and factor f has the context C = max(max_position_embeddings, f * original), and only its
@@ -186,15 +219,29 @@ def _scaled(
     rope: Mapping[str, Any], length: int, context: int, origin: RopeOrigin
 ) -> dict[str, Any]:
     name = rope["rule"]
-    given = {"rope_type": name, "factor": length / context}
+    given = {"rope_type": name, "factor": _ratio(length, context)}
     given |= _DEFAULTS.get(name, {}) | _options(rope)
     return merged_rope(origin.parameters, given, context)
 
 
+def _ratio(length: int, context: int) -> float:
+    """The factor that makes `length` of `context` again where its product is cut to an integer."""
+    ratio = length / context
+    return ratio if int(context * ratio) == length else math.nextafter(ratio, math.inf)
+
+
 def _rescaled(rope: Mapping[str, Any], length: int, origin: RopeOrigin) -> dict[str, Any]:
     parameters = dict(origin.parameters)
-    original = rope.get("original") or parameters.get("original_max_position_embeddings")
     factor = parameters.get("factor")
+    original = rope.get("original") or parameters.get("original_max_position_embeddings")
+    linear = parameters["rope_type"] == "linear"
+    if (
+        original is None
+        and factor
+        and linear
+        and not multiplies_positions(origin.model_type, "linear")
+    ):
+        original = round(origin.positions / factor)
     if original is None or factor is None:
         raise ValueError(
             f"the model's rope_type {rope['rule']!r} does not say which context it was scaled "
@@ -211,7 +258,9 @@ def _rescaled(rope: Mapping[str, Any], length: int, origin: RopeOrigin) -> dict[
         )
     if "original_max_position_embeddings" in parameters:
         parameters["original_max_position_embeddings"] = original
-    return {**parameters, **_options(rope), "factor": factor * length / context}
+    scaled = {**parameters, **_options(rope), "factor": factor * length / context}
+    # A null takes away what the model had; vLLM reads some keys without allowing for one.
+    return {key: value for key, value in scaled.items() if value is not None}
 
 
 def _options(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import pad
 
 # Forwards whose backward is still to come (gradient accumulation over checkpointed layers) and may
 # ask again. A forward that fell out of the cache is read again: slower, never wrong.
@@ -30,7 +31,8 @@ class Documents:
             the queries are a document's last tokens), else None.
         queries: int64 indices of the real queries among the `batch * q_len` of a padded batch, else
             None.
-        keys: int64 indices of the real keys among the `batch * k_len` of a padded batch, else None.
+        keys: int64 indices of the real keys among the `batch * k_len` of a padded batch or a static
+            cache, else None.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -56,6 +58,8 @@ def find_documents(
 
     Args:
         attention_mask: None or [batch, k_len]; 0 or false marks padding; then a row is a document.
+            [batch, fewer] where the other keys are those of a static cache that no token has filled
+            yet; the queries are the last tokens of the mask.
         position_ids: None, [batch, q_len] or [1, q_len]; without padding, a document starts with
             every row and wherever a position is not its left neighbour's plus one.
         cu_seq_lens_q: flash-attention's cumulative lengths of a batch of one row, [documents + 1];
@@ -63,14 +67,17 @@ def find_documents(
         cu_seq_lens_k: the same for the keys; by default the queries'.
 
     Raises:
-        ValueError: a mask that is not 2D, or ways of telling documents that contradict each other.
-        NotImplementedError: keys that no token has filled yet, as a static cache has them.
+        ValueError: a mask that is not 2D, ways of telling documents that contradict each other, or
+            padding between cached tokens.
+        NotImplementedError: packed documents in a cache.
     """
     if k_len < q_len:
         raise ValueError(f"{k_len} keys for {q_len} queries: sparse attention is self-attention")
     if attention_mask is not None:
-        _check_mask(attention_mask, batch, k_len)
-    padded = attention_mask is not None and not bool(attention_mask.all())
+        _check_mask(attention_mask, batch, q_len, k_len)
+    padded = attention_mask is not None and (
+        attention_mask.shape[1] < k_len or not bool(attention_mask.all())
+    )
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         if padded:
             raise ValueError(
@@ -82,24 +89,18 @@ def find_documents(
         _check_positions(position_ids, batch, q_len)
     if padded:
         assert attention_mask is not None
-        return _from_padding(attention_mask.bool(), q_len, position_ids)
+        return _from_padding(attention_mask.bool(), q_len, k_len, position_ids)
     return _from_positions(batch, q_len, k_len, position_ids)
 
 
-def _check_mask(mask: Tensor, batch: int, k_len: int) -> None:
+def _check_mask(mask: Tensor, batch: int, q_len: int, k_len: int) -> None:
     if mask.ndim != 2:
         raise ValueError(
             f"a {mask.ndim}D attention mask {list(mask.shape)} is refused: sparse attention never "
             "builds an n x n mask; pass position_ids that start again at every document, or a 2D "
             "padding mask"
         )
-    if mask.shape[1] < k_len:
-        raise NotImplementedError(
-            f"the attention mask covers {mask.shape[1]} of {k_len} keys: the cache is a static one "
-            '(use cache_implementation="dynamic"), or the mask lacks the cached tokens (pass all '
-            "of them)"
-        )
-    if mask.shape != (batch, k_len):
+    if mask.shape[0] != batch or not q_len <= mask.shape[1] <= k_len:
         raise ValueError(f"attention_mask must be [{batch}, {k_len}], got {list(mask.shape)}")
 
 
@@ -151,7 +152,7 @@ def _cumulative(name: str, lengths: Tensor | Sequence[int] | None, end: int) -> 
     return cumulative
 
 
-def _from_padding(mask: Tensor, q_len: int, position_ids: Tensor | None) -> Documents:
+def _from_padding(mask: Tensor, q_len: int, k_len: int, position_ids: Tensor | None) -> Documents:
     real = mask[:, mask.shape[1] - q_len :]
     if position_ids is not None and _packed_between_padding(real, position_ids):
         raise ValueError(
@@ -159,12 +160,26 @@ def _from_padding(mask: Tensor, q_len: int, position_ids: Tensor | None) -> Docu
             "has padding: packed documents need a row without padding (give the padding positions "
             "of its own and drop the mask), padded rows hold one document each"
         )
-    keys = mask.flatten().nonzero().flatten()
+    keys = pad(mask, (0, k_len - mask.shape[1])).flatten().nonzero().flatten()
+    queries = real.flatten().nonzero().flatten()
     cu_seqlens_k = tuple(accumulate(mask.sum(1).tolist(), initial=0))
     if real.shape == mask.shape:
-        return Documents(cu_seqlens_k, None, keys, keys)
+        return Documents(cu_seqlens_k, None, queries, keys)
+    _check_prompts(mask)
     cu_seqlens = tuple(accumulate(real.sum(1).tolist(), initial=0))
-    return Documents(cu_seqlens, cu_seqlens_k, real.flatten().nonzero().flatten(), keys)
+    return Documents(cu_seqlens, cu_seqlens_k, queries, keys)
+
+
+def _check_prompts(mask: Tensor) -> None:
+    """Refuse what `generate` does with prompts that are padded on the right: the first token of
+    such a row is drawn from the logits of its padding.
+    """
+    begins = mask[:, 1:] & ~mask[:, :-1] & mask[:, :-1].cummax(1).values
+    if rows := begins.any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"row {rows[0]} has padding between its prompt and what follows in the cache: pad "
+            'prompts on the left (tokenizer.padding_side = "left")'
+        )
 
 
 def _packed_between_padding(real: Tensor, position_ids: Tensor) -> bool:
@@ -202,9 +217,9 @@ def _from_positions(batch: int, q_len: int, k_len: int, position_ids: Tensor | N
         last = int(position_ids[:, -1].min())
         if last + 1 < k_len:
             raise NotImplementedError(
-                f"{k_len} keys, but the last query is at position {last}: the cache is a static "
-                'one (use cache_implementation="dynamic") or holds packed documents (decode them '
-                "as separate rows)"
+                f"{k_len} keys, but the last query is at position {last}: the cache holds packed "
+                "documents (decode them as separate rows), or is a static one in a compiled graph "
+                "(pass the 2D attention_mask of the tokens so far)"
             )
     return Documents(rows, tuple(range(0, batch * k_len + 1, k_len)))
 

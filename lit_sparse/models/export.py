@@ -1,10 +1,11 @@
-"""Hugging Face directories of trained models: weights in shards, config, tokenizer."""
+"""Hugging Face directories of trained models: weights in shards, configs, tokenizer, model card."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from lit_sparse.files import publish, remove, sync
+from lit_sparse.models.card import CardFacts, Training, is_own_card, model_card
+from lit_sparse.models.serving import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +53,7 @@ def write_model(
     read: Callable[[str], Tensor | None],
     *,
     tokenizer: Savable | None = None,
+    training: Training | None = None,
     on_disk: Callable[[Callable[[], None]], None] = lambda action: action(),
     shard_size: str = SHARD_SIZE,
 ) -> None:
@@ -64,15 +68,23 @@ def write_model(
         weights: name -> a tensor, on the meta device, of the shape and dtype to be stored.
         read: gives the values by name, on the CPU, on the rank that writes. Called with all names,
             one file of `shard_size` after the other, in the same order on all ranks.
-        tokenizer: written besides.
+        tokenizer: written besides; it gives a new model's generation config its special tokens.
+        training: what the model card, README.md, says about it; None writes no card. A README.md of
+            the user's own that is there stays, and the card is MODEL_CARD.md.
         on_disk: calls what it is given, on the rank that writes; raises on all ranks if that fails.
         shard_size: of a file, e.g. "5GB".
     """
 
     def write_others(unfinished: Path) -> None:
-        _write_configs(model, unfinished, weights)
+        config = _write_configs(model, unfinished, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+            _allow_context(unfinished / "tokenizer_config.json", context_of(config))
+        _write_generation_config(model, unfinished)
+        if training is not None:
+            size = sum(tensor.numel() for tensor in weights.values())
+            facts = CardFacts(config, type(model).__name__, size, config["dtype"], training)
+            _write_card(unfinished, directory, model_card(facts))
 
     write_tensors(
         directory, weights, read, write_others, stem="model", on_disk=on_disk, shard_size=shard_size
@@ -128,13 +140,53 @@ def write_tensors(
         raise
 
 
-def _write_configs(model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor]) -> None:
+def _write_configs(
+    model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
     config: Any = copy.deepcopy(model.config)
     config.dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    if model.can_generate():
-        model.generation_config.save_pretrained(directory)
+    return config.to_dict()
+
+
+def _write_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """That of the pretrained model; where none came with it, the tokenizer's special tokens."""
+    if not model.can_generate():
+        return
+    generation: Any = copy.deepcopy(model.generation_config)
+    if generation._from_model_config and (directory / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(generation, name) is None:
+                setattr(generation, name, getattr(tokenizer, name))
+        # Else transformers takes it for one that the config says again.
+        generation._from_model_config = False
+    generation.save_pretrained(directory)
+
+
+def _allow_context(tokenizer_config: Path, context: int) -> None:
+    """Let a tokenizer that was made for a shorter context take whole ones: it would warn, and with
+    `truncation=True` cut.
+    """
+    if not tokenizer_config.is_file():
+        return
+    settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if settings.get("model_max_length", context) < context:
+        settings["model_max_length"] = context
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        tokenizer_config.write_text(text, encoding="utf-8")
+
+
+def _write_card(unfinished: Path, directory: Path, card: str) -> None:
+    name, old = "README.md", directory / "README.md"
+    if old.is_file() and not is_own_card(old):
+        name = "MODEL_CARD.md"
+        shutil.copy2(old, unfinished)
+        warnings.warn(f"{old} is your own and stays; the model card is {name}", stacklevel=2)
+    (unfinished / name).write_text(card, encoding="utf-8")
 
 
 def _write_shard(

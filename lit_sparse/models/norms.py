@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse import theory
+from lit_sparse.models.rope import frequencies
 from lit_sparse.models.support import attention_layers, law_layers
 
 NEAR = 64
@@ -101,14 +102,10 @@ def logit_norms(model: nn.Module, at: Tensor) -> dict[int, LogitNorms]:
     Raises:
         ValueError: not a model whose layers are known.
     """
-    obeying, rotary = law_layers(model), cast(Any, model).base_model.rotary_emb
-    # Gemma 3 has a rotation for each kind of layer.
-    kind = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
-    frequencies = getattr(rotary, f"{kind}inv_freq")
-    angles = at.to(frequencies.device)[:, None] * frequencies.double()
+    obeying, (inverse, scaling) = law_layers(model), frequencies(model)
+    angles = at.to(inverse.device)[:, None] * inverse.double()
     # A key stands `distance` tokens before its query. YaRN scales both of them.
     rotation = (angles.cos().repeat(1, 2), -angles.sin().repeat(1, 2))
-    scaling = getattr(rotary, f"{kind}attention_scaling")
     return {
         layer: _norms(cast(Any, module), at, rotation, scaling)
         for layer, module in attention_layers(model)

@@ -2,6 +2,10 @@
 
 The frequencies are buffers that no state_dict holds; they follow from the config. Apply the
 settings again after restoring a checkpoint into a model built from an older config.
+
+Where kinds of layers have RoPE of their own (Gemma 3), everything here is about that of the layers
+with full attention: a sliding window sees the same distances whatever the context, and keeps its
+frequencies.
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_sparse.models.support import require_known
 
+FULL = "full_attention"
+"""The kind of layer that a longer context changes, as `config.layer_types` calls it."""
+
 _COMMON = frozenset({"rope_type", "rope_theta"})
+_ORIGINAL = "original_max_position_embeddings"
 # What another rope_type takes over.
 _OF_THE_MODEL = ("rope_theta", "partial_rotary_factor")
 KEYS: dict[str, frozenset[str]] = {
@@ -59,7 +67,21 @@ KEYS: dict[str, frozenset[str]] = {
 def rope_parameters(model: nn.Module) -> dict[str, Any]:
     """A copy of the model's RoPE parameters: rope_type, rope_theta and what the type needs."""
     require_known(model)
-    return copy.deepcopy(dict(_config(model).rope_parameters))
+    parameters = _config(model).rope_parameters
+    return copy.deepcopy(dict(parameters[FULL] if is_nested(parameters) else parameters))
+
+
+def is_nested(parameters: Mapping[str, Any]) -> bool:
+    """Whether `config.rope_parameters` holds parameters by kind of layer."""
+    return isinstance(parameters.get(FULL), Mapping)
+
+
+def frequencies(model: nn.Module, kind: str = FULL) -> tuple[Tensor, float]:
+    """Inverse frequencies [rotated dimensions / 2] of the layers of a kind, as they stand, and the
+    factor on queries and keys (YaRN's attention factor).
+    """
+    require_known(model)
+    return _frequencies(cast(Any, model).base_model.rotary_emb, kind)
 
 
 def set_rope(model: nn.Module, **parameters: Any) -> None:
@@ -115,27 +137,41 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
     ValueError, and the model unchanged, where transformers could not build it so.
     """
     require_known(model)
-    _check_numbers(parameters)
+    check_numbers(parameters)
     trial = copy.deepcopy(_config(model))
-    trial.rope_parameters = copy.deepcopy(dict(parameters))
-    trial.max_position_embeddings = positions
+    _assign(trial, parameters, positions)
     try:
         trial.standardize_rope_params()
         trial.validate_rope()
         rotary = _build_rotary(model, trial)
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"rope_type {parameters['rope_type']!r}: {error.args[0]}") from error
     rotates = rotary_dimensions(model)
-    if cast(Any, rotary).inv_freq.numel() * 2 != rotates:
+    if (found := 2 * _frequencies(rotary)[0].numel()) != rotates:
         raise ValueError(
-            f"rope_type {parameters['rope_type']!r} would rotate "
-            f"{cast(Any, rotary).inv_freq.numel() * 2} dimensions of a head, but the model rotates "
-            f"{rotates} (partial_rotary_factor: {parameters.get('partial_rotary_factor')})"
+            f"rope_type {parameters['rope_type']!r} would rotate {found} dimensions of a head, "
+            f"but the model rotates {rotates} "
+            f"(partial_rotary_factor: {parameters.get('partial_rotary_factor')})"
         )
     config = _config(model)
     config.rope_parameters = trial.rope_parameters
     config.max_position_embeddings = positions
+    if hasattr(trial, _ORIGINAL):
+        config.original_max_position_embeddings = trial.original_max_position_embeddings
     _install(model, rotary)
+
+
+def _assign(config: Any, parameters: Mapping[str, Any], positions: int) -> None:
+    own = copy.deepcopy(dict(parameters))
+    nested = is_nested(config.rope_parameters)
+    if nested and own.get("truncate") is False:
+        # transformers 5.23 looks for the key among the kinds of layers.
+        raise ValueError("truncate: transformers ignores it where kinds of layers have own RoPE")
+    config.rope_parameters = {**config.rope_parameters, FULL: own} if nested else own
+    config.max_position_embeddings = positions
+    # Phi-3 holds it beside the RoPE parameters too, and that one counts.
+    if hasattr(config, _ORIGINAL) and _ORIGINAL in own:
+        config.original_max_position_embeddings = own[_ORIGINAL]
 
 
 def rebuild_rope(model: nn.Module, device: torch.device) -> None:
@@ -147,7 +183,7 @@ def rebuild_rope(model: nn.Module, device: torch.device) -> None:
 
 def rotary_dimensions(model: nn.Module) -> int:
     """Dimensions of a head that RoPE rotates: head_dim, or the part of it that the model says."""
-    return 2 * cast(Any, model).base_model.rotary_emb.inv_freq.numel()
+    return 2 * frequencies(model)[0].numel()
 
 
 def scales_by_positions(parameters: Mapping[str, Any]) -> bool:
@@ -185,12 +221,12 @@ def restore_frequencies(model: nn.Module) -> None:
     takes buffers along. Rounded to 8 bits a frequency is up to .4 % off: after 1000 tokens a
     fast dimension may be radians away from where it was trained.
     """
-    require_known(model)
-    if cast(Any, model).base_model.rotary_emb.inv_freq.dtype.itemsize < 4:
+    if frequencies(model)[0].dtype.itemsize < 4:
         _install(model, _build_rotary(model, _config(model)))
 
 
-def _check_numbers(parameters: Mapping[str, Any]) -> None:
+def check_numbers(parameters: Mapping[str, Any]) -> None:
+    """ValueError where rope_theta or factor is out of its range."""
     # transformers only warns about these, or computes NaN.
     for key, least in (("rope_theta", 0.0), ("factor", 1.0)):
         value = parameters.get(key)
@@ -206,7 +242,12 @@ def _check_numbers(parameters: Mapping[str, Any]) -> None:
 def _build_rotary(model: nn.Module, config: Any) -> nn.Module:
     old = cast(Any, model).base_model.rotary_emb
     # Frequencies in float32 whatever the weights are, as from_pretrained builds them.
-    return type(old)(config).to(old.inv_freq.device)
+    return type(old)(config).to(_frequencies(old)[0].device)
+
+
+def _frequencies(rotary: Any, kind: str = FULL) -> tuple[Tensor, float]:
+    prefix = "" if hasattr(rotary, "inv_freq") else f"{kind}_"
+    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
 
 
 def _install(model: nn.Module, rotary: nn.Module) -> None:

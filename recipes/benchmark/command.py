@@ -15,6 +15,7 @@ from lit_sparse.recipes.benchmark import (
     cuda,
     cuda_report,
     data,
+    generation,
     plot,
     selection,
     tune,
@@ -29,6 +30,7 @@ from lit_sparse.recipes.benchmark.options import (
     budget,
     check_common,
     data_parser,
+    generation_parser,
     selection_parser,
     which,
 )
@@ -198,6 +200,26 @@ def _run_selection(options: argparse.Namespace, _: Report) -> tuple[Report, list
     return {**law, **result}, lines
 
 
+def _run_generation(options: argparse.Namespace, _: Report) -> tuple[Report, list[str]]:
+    for name in ("length", "documents"):
+        at_least_one(name, getattr(options, name))
+    prompt = options.length // 2 if options.prompt is None else options.prompt
+    if not 1 <= prompt < options.length:
+        raise BadArgument(f"--prompt must be 1 to {options.length - 1} (--length), got {prompt}")
+    task = generation.Task(
+        options.model, options.data, options.length, prompt, options.documents, options.dtype
+    )
+    result = generation.run(task, _progress)
+    title = (
+        f"Generation: {task.model}, {len(result['documents'])} documents of {task.length} tokens "
+        f"from {task.data}, those after a prompt of {task.prompt}; {task.dtype}"
+    )
+    first = result["rows"][0]
+    rows = [generation.cells(entry, first) for entry in result["rows"]]
+    table = render_table(generation.GROUPS, rows)
+    return result, [*wrap(title), "", *table, "", *wrap(generation.NOTE)]
+
+
 def _run_data(options: argparse.Namespace, _: Report) -> tuple[Report, list[str]]:
     for name in ("megabytes", "documents", "processes"):
         at_least_one(name, getattr(options, name))
@@ -209,6 +231,7 @@ Run = Callable[[argparse.Namespace, Report], tuple[Report, list[str]]]
 JOBS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Run]] = {
     "attention": (attention_parser, _run_attention),
     "selection": (selection_parser, _run_selection),
+    "generation": (generation_parser, _run_generation),
     "data": (data_parser, _run_data),
 }
 

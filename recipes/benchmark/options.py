@@ -22,6 +22,7 @@ PROGRAM = "lit-sparse benchmark"
 DESCRIPTIONS = {
     "attention": "Time sparse attention, selection included, against dense attention.",
     "selection": "Measure how much attention mass each selection rule misses in a model.",
+    "generation": "Measure what a trained model loses densely and in cached decoding.",
     "data": "Time tokenising, the row index and the loader, and measure their memory.",
 }
 
@@ -94,6 +95,22 @@ def attention_parser() -> _Parser:
 
 def selection_parser() -> _Parser:
     parser = _parser("selection", alpha=4.0, exponent=0.5, floor=128, block=16, sink=16)
+    _add_text(parser)
+    rows = "rows sampled in each (default: %(default)s)"
+    parser.add_argument("--rows", type=int, default=64, help=rows)
+    return parser
+
+
+def generation_parser() -> _Parser:
+    parser = _bare_parser("generation")
+    _add_text(parser)
+    add = parser.add_argument
+    add("--prompt", type=int, metavar="N", help="tokens of it read at once (default: half)")
+    add("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    return parser
+
+
+def _add_text(parser: _Parser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -110,8 +127,6 @@ def selection_parser() -> _Parser:
     )
     add("--length", type=int, default=4096, help="tokens of a document (default: %(default)s)")
     add("--documents", type=int, default=4, help="documents, at most (default: %(default)s)")
-    add("--rows", type=int, default=64, help="rows sampled in each (default: %(default)s)")
-    return parser
 
 
 def data_parser() -> _Parser:

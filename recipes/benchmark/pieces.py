@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_sparse.models.serving import context_of
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.benchmark.steps import SEED
 
 
 def check_length(model: Any, length: int) -> None:
     """BadArgument unless the model was made for so many tokens."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length > longest:
+    if length > (longest := context_of(model.config.to_dict())):
         raise BadArgument(
             f"--length {length} is past the {longest} positions that the model was made for "
             "(max_position_embeddings)"

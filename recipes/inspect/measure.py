@@ -26,6 +26,7 @@ from lit_sparse.models import (
     windows_everywhere,
 )
 from lit_sparse.models.norms import LogitNorms, distances, logit_norms, query_projection
+from lit_sparse.models.serving import context_of
 from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.pieces import check_length, validation_pieces
 from lit_sparse.recipes.benchmark.report import BadArgument
@@ -159,7 +160,7 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
             the model do not go together.
     """
     model, own_law = _load(directory, task)
-    length = task.length or min(DEFAULT_LENGTH, model.config.max_position_embeddings)
+    length = task.length or min(DEFAULT_LENGTH, context_of(model.config.to_dict()))
     check_length(model, length)
     texts, names = _texts(model, directory, task, length)
     inputs = {layer: _Inputs() for layer in law_layers(model)}

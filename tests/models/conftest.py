@@ -9,7 +9,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import TINY
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral")
-OVERRIDES = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}
+OVERRIDES = {
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
 
 
 @pytest.fixture(autouse=True)

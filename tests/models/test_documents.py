@@ -54,6 +54,20 @@ def test_padding_with_a_cache():
     assert found.keys.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_static_cache():
+    """A mask of fewer columns than keys: no token has filled the others yet."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    found = find_documents(2, 1, 6, attention_mask=mask)
+    assert found.cu_seqlens == (0, 1, 2)
+    assert found.cu_seqlens_k == (0, 3, 7)
+    assert found.queries.tolist() == [0, 1]
+    assert found.keys.tolist() == [1, 2, 3, 6, 7, 8, 9]
+    found = find_documents(2, 4, 6, attention_mask=mask)
+    assert (found.cu_seqlens, found.cu_seqlens_k) == ((0, 3, 7), None)
+    assert found.queries.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert found.keys.tolist() == [1, 2, 3, 6, 7, 8, 9]
+
+
 def test_cache():
     found = find_documents(2, 3, 8, position_ids=torch.arange(5, 8)[None])
     assert found.cu_seqlens == (0, 3, 6)
@@ -113,7 +127,7 @@ def test_flash_lengths():
     ("error", "message", "sizes", "arguments"),
     [
         (ValueError, "4D attention mask.*position_ids", (1, 4, 4), {"mask": (1, 1, 4, 4)}),
-        (NotImplementedError, 'cache_implementation="dynamic"', (1, 2, 6), {"mask": (1, 4)}),
+        (ValueError, r"must be \[1, 6\]", (1, 4, 6), {"mask": (1, 3)}),
         (ValueError, r"must be \[1, 4\]", (1, 4, 4), {"mask": (2, 4)}),
         (ValueError, r"must be \[1, 4\]", (1, 4, 4), {"mask": (1, 6)}),
         (ValueError, r"\[2, 4\] or \[1, 4\]", (2, 4, 4), {"position_ids": torch.zeros(3, 2, 4)}),

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lit_sparse.data import ByteTokenizer
+from lit_sparse.models.card import Training, is_own_card
 from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
 
 
@@ -71,3 +73,54 @@ def test_what_is_no_model_is_not_replaced(tmp_path):
     for path in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(ValueError, match="holds no model that could be replaced"):
             check_replaceable(path)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_tied_weights_of_gemma(tiny, tokens, tmp_path, kind):
+    """They are tied unless the config says otherwise."""
+    model = tiny(kind)
+    _write(model, tmp_path / "model")
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_generation_config(tiny, tmp_path):
+    """A new model's special tokens are the tokenizer's; a pretrained one's stay as they are."""
+    new = tiny(vocab_size=257, pad_token_id=None, eos_token_id=None)
+    _write(new, tmp_path / "new", tokenizer=ByteTokenizer())
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "new").generation_config
+    assert (written.bos_token_id, written.eos_token_id, written.pad_token_id) == (None, 256, 256)
+
+    new.generation_config = GenerationConfig(temperature=0.6, do_sample=True, eos_token_id=[7, 8])
+    _write(new, tmp_path / "kept", tokenizer=ByteTokenizer())
+    written = GenerationConfig.from_pretrained(tmp_path / "kept")
+    assert (written.temperature, written.eos_token_id) == (0.6, [7, 8])
+    assert written.pad_token_id is None
+
+
+def test_a_tokenizer_takes_the_whole_context(tiny, tmp_path):
+    ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
+    short = AutoTokenizer.from_pretrained(tmp_path / "tokenizer", model_max_length=128)
+    for positions, expected in ((64, 128), (512, 512)):
+        _write(tiny(max_position_embeddings=positions), tmp_path / "model", tokenizer=short)
+        assert AutoTokenizer.from_pretrained(tmp_path / "model").model_max_length == expected
+
+
+def test_a_card_replaces_a_card_but_nothing_of_the_user(tiny, tmp_path):
+    directory = tmp_path / "model"
+    for steps in (1, 2):
+        _write(tiny(), directory, training=Training(steps))
+        assert is_own_card(directory / "README.md")
+        assert f"{steps} optimizer steps" in (directory / "README.md").read_text()
+
+    changed = (directory / "README.md").read_text() + "And what I found.\n"
+    (directory / "README.md").write_text(changed)
+    for steps in (3, 4):
+        with pytest.warns(UserWarning, match=r"README\.md is your own.*card is MODEL_CARD\.md"):
+            _write(tiny(), directory, training=Training(steps))
+        assert (directory / "README.md").read_text() == changed
+        assert f"{steps} optimizer steps" in (directory / "MODEL_CARD.md").read_text()

@@ -214,13 +214,6 @@ def test_cached_decoding(sparse, tokens, found):
     assert len(found) == 3
 
 
-def test_a_static_cache_is_refused(llama, tokens):
-    ids = tokens(1, 20)
-    for kwargs in ({"attention_mask": torch.ones_like(ids)}, {}):
-        with pytest.raises(NotImplementedError, match='cache_implementation="dynamic"'):
-            llama.generate(ids, max_new_tokens=4, cache_implementation="static", **kwargs)
-
-
 def test_masks_and_caches_that_are_refused(llama, tokens):
     ids = tokens(1, 20)
     with pytest.raises(ValueError, match="4D attention mask"):

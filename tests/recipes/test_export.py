@@ -55,10 +55,17 @@ def test_a_run_becomes_what_it_left_itself(run, tmp_path, capsys):
     left = run / "huggingface"
     names = {path.name for path in left.iterdir()}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     for name in names:
         assert (tmp_path / "model" / name).read_bytes() == (left / name).read_bytes(), name
     assert AutoTokenizer.from_pretrained("model")("def é").input_ids == list("def é".encode())
+
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| 1 | 128 | 2 | as before | sparse |" in card
+    assert "| floor | 32 |" in card
+    assert "| `gap/kl` | KL divergence of the logits from its own dense forward" in card
+    assert "| not measured |" in card
+    assert str(tmp_path) not in card
 
     # A checkpoint, in another dtype.
     first = run / "checkpoints" / "step=1.ckpt"
@@ -68,6 +75,8 @@ def test_a_run_becomes_what_it_left_itself(run, tmp_path, capsys):
     assert torch.equal(model.lm_head.weight, weights["model.lm_head.weight"].bfloat16())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert law_of(sparsify(model)).budget.floor == 32
+    assert "| 1 | 128 | 1 of 2 | as before | sparse |" in (tmp_path / "first/README.md").read_text()
+    model.generate(torch.tensor([[100, 101, 102]]), max_new_tokens=2)
 
     # The newest checkpoint that is whole, and without the data no tokenizer of another kind.
     newest = run / "checkpoints" / "step=2.ckpt"
