@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 _RECIPES = {
-    "fit": ("lit_sparse.recipes.fit", "train a model: lit-sparse fit --config NAME_OR_PATH"),
+    "fit": ("lit_sparse.recipes.fit", "train a model: lit-sparse fit --config NAME [--dry-run]"),
     "validate": ("lit_sparse.recipes.fit", "validate a checkpoint of a run"),
     "test": ("lit_sparse.recipes.fit", "the same, as Lightning's test stage"),
     "export": ("lit_sparse.recipes.export", "make a Hugging Face directory of a checkpoint"),
@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in _RECIPES:
         print(f"lit-sparse: error: no sub-command {command!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if command == "fit" and any(argument.split("=")[0] == "--dry-run" for argument in argv):
+        return import_module("lit_sparse.recipes.dry_run").main(argv)
     recipe = import_module(_RECIPES[command][0])
     # Lightning parses its own sub-command names.
     return recipe.main(argv if command in _LIGHTNING else argv[1:])

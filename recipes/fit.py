@@ -27,6 +27,7 @@ from lit_sparse.files import write_whole
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
+from lit_sparse.training.checkpoint import check_architecture
 
 SUBCOMMANDS = ("fit", "validate", "test")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,6 +69,7 @@ class SparseCLI(LightningCLI):
             }
         )
         parser.link_arguments("sparse_attention.block", "data.block")
+        parser.link_arguments("model.pretrained", "data.pretrained")
         parser.link_arguments(
             "curriculum", "data.curriculum", compute_fn=_stages, apply_on="instantiate"
         )
@@ -119,6 +121,8 @@ class SparseCLI(LightningCLI):
         self.run.check_place(resume=bool(checkpoint))
         if self.trainer.is_global_zero:
             self.run.prepare(resume=bool(checkpoint))
+        if checkpoint:
+            self._check_architecture(checkpoint)
         self.datamodule.setup()
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
@@ -139,10 +143,15 @@ class SparseCLI(LightningCLI):
 
     def before_validate(self) -> None:
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint and Path(checkpoint).is_dir():  # a file suits every strategy
-            check_sharding(Path(checkpoint), self._sharding)
+        if checkpoint:
+            if Path(checkpoint).is_dir():  # a file suits every strategy
+                check_sharding(Path(checkpoint), self._sharding)
+            self._check_architecture(checkpoint)
 
     before_test = before_validate
+
+    def _check_architecture(self, checkpoint: str) -> None:
+        check_architecture(Path(checkpoint), {"model": self.model.model_config})
 
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change keys of the model: what differs is shown, not taken."""
@@ -158,6 +167,11 @@ class SparseCLI(LightningCLI):
             began = self.trainer.global_step > 0 or _in_a_step(error)
             if subcommand == "fit" and not began:
                 self.run.discard()
+            if "loading state_dict" in str(error):  # of a checkpoint that somebody else wrote
+                checkpoint, what = self.config[subcommand].ckpt_path, str(error).splitlines()[1]
+                raise ValueError(
+                    f"ckpt_path: {checkpoint} does not hold this model: {what.strip()[:200]}"
+                ) from error
             error.in_training = began  # type: ignore[attr-defined]
             raise
 
@@ -220,7 +234,7 @@ def main(argv: list[str]) -> int:
         if getattr(error, "in_training", False) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         if first:  # where one rank of a node has an error in the config, all have
-            print(f"lit-sparse: error: {_own(error)}", file=sys.stderr)
+            print(f"lit-sparse: error: {own_words(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # what was computed is wrong, not the program
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
@@ -258,7 +272,7 @@ def resolve_configs(argv: list[str]) -> list[str]:
     return resolved
 
 
-def _own(error: BaseException) -> str:
+def own_words(error: BaseException) -> str:
     """What a constructor raised: jsonargparse wraps it in all that the argument might have been."""
     while str(error).startswith("Does not validate against any") and error.__cause__ is not None:
         listed = re.findall(r"^  - (.*)$", str(error), re.MULTILINE)

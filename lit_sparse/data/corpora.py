@@ -13,7 +13,13 @@ from lit_sparse.data.stores.manifest import MANIFEST, TOKENIZER, UNFINISHED
 from lit_sparse.data.stores.pack import pack
 from lit_sparse.data.stores.sources import inputs_fingerprint
 from lit_sparse.data.stores.store import TokenStore
-from lit_sparse.data.tokenizer import Tokenizer, load_tokenizer
+from lit_sparse.data.tokenizer import (
+    FILES,
+    Tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+    other_vocabulary,
+)
 from lit_sparse.training.curriculum import Curriculum
 
 _VERSION = 1
@@ -30,18 +36,40 @@ def is_store(path: str) -> bool:
     return (Path(path) / MANIFEST).is_file() or path.rstrip("/").endswith(UNFINISHED)
 
 
-def choose_tokenizer(path: str | Mapping[str, float], name: str | None) -> Tokenizer:
-    """The tokenizer of a config: the one named, else that of the first store, else bytes.
+def choose_tokenizer(
+    path: str | Mapping[str, float], name: str | None, pretrained: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a config: the one named, else that of the first store, else that of the
+    pretrained model, and for a new model bytes.
 
     Raises:
-        ValueError: it cannot be loaded; the message names `data.tokenizer`.
+        ValueError: it cannot be loaded, there is none, or it gives other tokens the ids that those
+            of the pretrained model have, where the config does not ask for it by name; the message
+            names `data.tokenizer`.
     """
     if name is not None:
         return load_tokenizer(name)
+    own = None if pretrained is None or not has_tokenizer(pretrained) else pretrained
     for part in paths_of(path):
         if is_store(part):
             kept = Path(part) / TOKENIZER
-            return load_tokenizer(kept if kept.is_dir() else "bytes")
+            tokenizer = load_tokenizer(kept if kept.is_dir() else "bytes")
+            if own and (differing := other_vocabulary(load_tokenizer(own), tokenizer)):
+                raise ValueError(
+                    f"data.path: {part} was made with another tokenizer ({tokenizer.name}) than "
+                    f"that of model.pretrained {pretrained}: {differing}; pack it again with "
+                    f"--tokenizer {pretrained}, or name the store's in data.tokenizer if the model "
+                    "shall learn it"
+                )
+            return tokenizer
+    if own is not None:
+        return load_tokenizer(own)
+    if pretrained is not None:
+        raise ValueError(
+            f"data.tokenizer: model.pretrained {pretrained} brings no tokenizer (no "
+            f"{' nor '.join(FILES[:2])}), and data.path is not packed yet: name the model's "
+            "tokenizer, a directory or bytes"
+        )
     return load_tokenizer("bytes")
 
 

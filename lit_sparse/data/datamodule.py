@@ -54,8 +54,8 @@ class PackedTextDataModule(LightningDataModule):
     Args:
         path: a store of `lit-sparse pack`, "stdlib" (Python's own source), a folder or file that
             `lit-sparse pack` reads, or several of them with their shares of the tokens.
-        tokenizer: "bytes", a local Hugging Face directory, or None for the store's own (bytes for a
-            corpus that is not packed yet).
+        tokenizer: "bytes", a local Hugging Face directory, or None for the store's own (for a
+            corpus that is not packed yet that of `pretrained`, else bytes).
         row_tokens: tokens of a row, at least the curriculum's longest stage.
         rows_per_step: rows of an optimizer step over all ranks, a multiple of their number.
         packing: "best_fit" places pieces whole and fills what stays free; "concat" cuts them where
@@ -74,6 +74,8 @@ class PackedTextDataModule(LightningDataModule):
             cache folder.
         curriculum: the stages of the run.
         block: keys of an attention block, to check stage lengths against; None checks nothing.
+        pretrained: directory of the model that is fine-tuned, whose tokenizer the stores have to
+            go with, see `lit_sparse.data.corpora.choose_tokenizer`; None for a new model.
 
     Raises:
         ValueError: a value is out of its range; the message names its key.
@@ -99,6 +101,7 @@ class PackedTextDataModule(LightningDataModule):
         cache_dir: str | None = None,
         curriculum: Curriculum | None = None,
         block: int | None = None,
+        pretrained: str | None = None,
     ) -> None:
         super().__init__()
 
@@ -120,6 +123,7 @@ class PackedTextDataModule(LightningDataModule):
         require(seed >= 0, "seed", ">= 0", seed)
         require(num_workers >= 0, "num_workers", ">= 0", num_workers)
         self.path, self.tokenizer, self.text_field = path, tokenizer, text_field
+        self.pretrained = pretrained
         self.packing = Packing(
             row_tokens=row_tokens,
             rows_per_step=rows_per_step,
@@ -152,7 +156,7 @@ class PackedTextDataModule(LightningDataModule):
     @cached_property
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer object, loaded when first asked for: it needs no `setup`."""
-        return choose_tokenizer(self.path, self.tokenizer)
+        return choose_tokenizer(self.path, self.tokenizer, self.pretrained)
 
     @property
     def vocab_size(self) -> int:
@@ -266,7 +270,7 @@ class PackedTextDataModule(LightningDataModule):
                 f"the {world} ranks; raise data.validation_fraction, data.validation_rows or both"
             )
         if self.trainer is not None and stage in (None, "fit"):
-            self._adjust(self.trainer, curriculum, self.rows_per_step // world)
+            self.adjust(self.trainer, world)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Rows from the trainer's global step (without one, `start_step`) to the run's end."""
@@ -341,8 +345,14 @@ class PackedTextDataModule(LightningDataModule):
                 "ranks already, and a second division would train on some of them only"
             )
 
-    def _adjust(self, trainer: Any, curriculum: Curriculum, accumulate: int) -> None:
-        trainer.accumulate_grad_batches = accumulate
+    def adjust(self, trainer: Any, world: int) -> None:
+        """Set a trainer's accumulation, on so many data-parallel ranks, and its end.
+
+        Raises:
+            ValueError: it would train on other rows than those of the curriculum's steps.
+        """
+        curriculum = self._curriculum()
+        trainer.accumulate_grad_batches = self.rows_per_step // world
         if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
             raise ValueError(
                 f"trainer.limit_train_batches = {trainer.limit_train_batches} (or overfit_batches) "

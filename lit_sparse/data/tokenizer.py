@@ -14,7 +14,7 @@ from lit_sparse.data.encoder import TextEncoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class Encoder(Protocol):
@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Hash of all that decides about ids, wherever the tokenizer lies."""
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of the tokens, as Hugging Face writes them."""
+
+    @property
     def encoder(self) -> Encoder:
         """Does what `encode_many` does, in another process."""
 
@@ -60,6 +64,11 @@ class ByteTokenizer:
     eos_id = 256
     vocab_size = 257
     name = fingerprint = "bytes"
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        bytes_ = {character: byte for byte, character in enumerate(_byte_characters())}
+        return {**bytes_, END_OF_DOCUMENT: self.eos_id}
 
     @property
     def encoder(self) -> Encoder:
@@ -86,8 +95,8 @@ class ByteTokenizer:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-        bytelevel = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bytes_ = {token: i for token, i in self.vocabulary.items() if i != self.eos_id}
+        bytelevel = Tokenizer(models.BPE(vocab=bytes_, merges=[]))
         bytelevel.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bytelevel.decoder = decoders.ByteLevel()
         bytelevel.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
@@ -128,12 +137,12 @@ class HFTokenizer:
             )
         self.name = str(path)
         self.eos_id = int(self.inner.eos_token_id)
-        vocabulary = self.inner.get_vocab()
-        self.vocab_size = 1 + max(self.eos_id, *vocabulary.values())
+        self.vocabulary: dict[str, int] = self.inner.get_vocab()
+        self.vocab_size = 1 + max(self.eos_id, *self.vocabulary.values())
         """Ids are below it, added tokens included; the embedding of a model may have more rows."""
         backend = getattr(self.inner, "backend_tokenizer", None)
         if backend is None:
-            definition = json.dumps([type(self.inner).__name__, sorted(vocabulary.items())])
+            definition = json.dumps([type(self.inner).__name__, sorted(self.vocabulary.items())])
             self.encoder: Encoder = _SlowEncoder(self.inner)
         else:
             # Padding and truncation are settings of the last call, no part of the tokenizer.
@@ -199,9 +208,22 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     )
 
 
+def other_vocabulary(tokenizer: Tokenizer, other: Tokenizer) -> str | None:
+    """In words, the first id that is one token here and another one there; None where there is
+    none. Tokens that only one of them has, as chat models add to those of their base, do not count.
+    """
+    if tokenizer.fingerprint == other.fingerprint:
+        return None
+    tokens = {number: token for token, number in other.vocabulary.items()}
+    for token, number in sorted(tokenizer.vocabulary.items(), key=lambda item: item[1]):
+        if tokens.get(number, token) != token:
+            return f"id {number} is {token!r} there and {tokens[number]!r} here"
+    return None
+
+
 def has_tokenizer(directory: str | Path) -> bool:
     """Whether a Hugging Face directory brings a tokenizer."""
-    return any((Path(directory) / name).is_file() for name in _FILES)
+    return any((Path(directory) / name).is_file() for name in FILES)
 
 
 def _as_array(ids: Iterable[int]) -> np.ndarray:

@@ -28,7 +28,9 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_pretrained(directory: str | Path, config: Mapping[str, Any]) -> PreTrainedModel:
+def load_pretrained(
+    directory: str | Path, config: Mapping[str, Any], trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build a causal language model from a local directory, sharded from the start.
 
     Rank 0 reads one tensor after the other; DeepSpeed sends it to all ranks, which keep their part
@@ -39,6 +41,7 @@ def load_pretrained(directory: str | Path, config: Mapping[str, Any]) -> PreTrai
     Args:
         directory: as `save_pretrained` writes it. Every rank reads the headers of its files.
         config: of DeepSpeed, with ZeRO stage 3; it decides the dtype of the weights.
+        trust_remote_code: run Python code that the directory brings.
 
     Raises:
         ValueError: on every rank: there is no model, or its tensors are not those of its config;
@@ -49,7 +52,7 @@ def load_pretrained(directory: str | Path, config: Mapping[str, Any]) -> PreTrai
 
     files = TensorFiles(weight_files(directory))
     with _outside_zero_init():
-        model = _without_weights(directory, _dtype(config))
+        model = _without_weights(directory, _dtype(config), trust_remote_code)
         parameters = _parameters(model)
         _check(directory, parameters, files)
         # One for all: temporary ones would leave holes of their size between the shards.
@@ -105,11 +108,13 @@ def _outside_zero_init() -> Iterator[None]:
         partition_parameters.restore_init_context()
 
 
-def _without_weights(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(
+    directory: str | Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    config = pretrained_config(directory)
+    config = pretrained_config(directory, trust_remote_code)
     kind = config.model_type
     if kind in SUPPORTED and get_checkpoint_conversion_mapping(kind):
         raise ValueError(
@@ -123,7 +128,9 @@ def _without_weights(directory: str | Path, dtype: torch.dtype) -> PreTrainedMod
             f"{', '.join(SUPPORTED)} (set strategy.stage to 2 for other models)"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     if (generation := pretrained_generation(directory)) is not None:
         model.generation_config = generation
     return model.eval()

@@ -1,8 +1,10 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
+from lit_sparse.models.architecture import architecture_keys, other_architecture
 from lit_sparse.models.build import (
     build_model,
     check_source,
+    model_config,
     pretrained_config,
     pretrained_generation,
     weight_files,
@@ -50,6 +52,7 @@ __all__ = [
     "Observation",
     "RopeOrigin",
     "alpha_factor",
+    "architecture_keys",
     "attention_layers",
     "budget_of",
     "build_model",
@@ -64,8 +67,10 @@ __all__ = [
     "is_sparse",
     "law_layers",
     "law_of",
+    "model_config",
     "named_models",
     "observe",
+    "other_architecture",
     "pretrained_config",
     "pretrained_generation",
     "rebuild_rope",

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from lit_sparse.models.architecture import architecture_keys, other_architecture
 from lit_sparse.models.state import CONFIG_KEY
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 # Not fields of a config class, and yet read by every one that has RoPE.
-_LEGACY = frozenset({"rope_theta", "rope_scaling"})
+_LEGACY = frozenset({"rope_theta", "rope_scaling", "head_dim"})
 
 
 def build_model(
@@ -26,44 +27,77 @@ def build_model(
     architecture: Mapping[str, Any] | None = None,
     *,
     dtype: str | torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Build a causal language model; exactly one of the two sources.
+    """Build a causal language model: from a directory if one is given, else a new one.
 
     Args:
         pretrained: a local directory as `save_pretrained` writes it: config.json and *.safetensors.
-            Nothing is downloaded, and no code in it is run.
+            Nothing is downloaded.
         architecture: `model_type` and keys of its transformers config; weights are random, from
-            torch's global generator.
+            torch's global generator. Beside a directory it says what is expected there.
         dtype: of the weights.
+        trust_remote_code: run Python code that the directory brings, with all rights of this
+            process.
 
     Raises:
-        ValueError: both or neither source, a directory without what is needed, or unknown keys; the
-            message names `model.pretrained` or `model.architecture`.
+        ValueError: neither source, a directory without what is needed, of another architecture or
+            with code that is not trusted, or unknown keys; the message names `model.pretrained` or
+            `model.architecture`.
     """
-    check_source(pretrained, architecture)
+    check_source(pretrained, architecture, trust_remote_code)
     weights = _dtype(dtype)
     if pretrained is not None:
-        return _load(pretrained, weights)
+        return _load(pretrained, weights, trust_remote_code)
     assert architecture is not None
     return _from_architecture(architecture, weights)
 
 
 def check_source(
-    pretrained: str | Path | None = None, architecture: Mapping[str, Any] | None = None
+    pretrained: str | Path | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Raise what `build_model` would about the two sources, before any weight is made or read."""
-    if (pretrained is None) == (architecture is None):
-        raise ValueError("set exactly one of model.pretrained and model.architecture")
+    """Raise what `build_model` would about its sources, before any weight is made or read."""
+    model_config(pretrained, architecture, trust_remote_code)
     if pretrained is not None:
-        pretrained_config(pretrained)
         weight_files(pretrained)
-    else:
-        assert architecture is not None
-        _architecture_config(architecture)
 
 
-def pretrained_config(directory: str | Path) -> PreTrainedConfig:
-    """The transformers config of a local directory; ValueError where there is none."""
+def model_config(
+    pretrained: str | Path | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:
+    """The transformers config of what `build_model` builds, which raises the same ValueErrors but
+    for weights that are missing.
+
+    A directory counts more than an architecture, if it has that architecture: the same model_type,
+    and the same values of all keys that the architecture names, but for the size of the vocabulary,
+    RoPE, positions and the ids of special tokens, which fine-tuning changes.
+    """
+    expected = None if architecture is None else _architecture_config(architecture)
+    if pretrained is None:
+        if expected is None:
+            raise ValueError("set model.pretrained or model.architecture")
+        return expected
+    config = pretrained_config(pretrained, trust_remote_code)
+    if architecture is not None and expected is not None:
+        named = [key for key in architecture_keys(expected) if key in architecture]
+        keys = [key for key in named if key != "vocab_size"]
+        if differing := other_architecture(config, expected, keys):
+            raise ValueError(
+                f"model.pretrained: {pretrained} is a checkpoint of another architecture than "
+                f"model.architecture: {differing}; take the config of that model, or set "
+                "--model.architecture null"
+            )
+    return config
+
+
+def pretrained_config(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The transformers config of a local directory; ValueError where there is none, or one whose
+    class the directory brings itself and is not trusted.
+    """
     from transformers import AutoConfig
 
     path = Path(directory)
@@ -75,12 +109,31 @@ def pretrained_config(directory: str | Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         _refuse_adapter(path)
         raise ValueError(f"model.pretrained: {path} has no config.json")
+    if not trust_remote_code and _needs_own_code(path):
+        raise ValueError(
+            f"model.pretrained: {path} brings the Python code of its model (auto_map in its "
+            "config.json), which is not run: set model.trust_remote_code: true if you have read it "
+            "or trust where it is from"
+        )
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(
             f"model.pretrained: {path / 'config.json'} cannot be read: {error.__cause__ or error}"
         ) from error
+
+
+def _needs_own_code(directory: Path) -> bool:
+    """Whether a directory says that its model is one of its own code, and transformers has none."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return bool(given.get("auto_map")) and given.get("model_type") not in CONFIG_MAPPING
+    except (ValueError, AttributeError):  # transformers says what is wrong with it
+        return False
 
 
 def pretrained_generation(directory: str | Path) -> GenerationConfig | None:
@@ -144,7 +197,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _load(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(directory: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     # Lightning's configure_model may run inside of the context of a device; transformers would then
@@ -153,7 +206,7 @@ def _load(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             directory,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
         )

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 
 from lit_sparse.distributed import checkpoint as sharded
 from lit_sparse.files import remove, write_whole
+from lit_sparse.models import architecture_keys, other_architecture
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _UNFINISHED = ".*.tmp"
@@ -83,6 +84,28 @@ def own_state(path: Path) -> dict[str, Any]:
     else:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state.get("lit_sparse", {})
+
+
+def check_architecture(path: Path, models: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other models, before weights are read.
+
+    Args:
+        path: the checkpoint.
+        models: attribute path in the module -> transformers config.
+
+    Raises:
+        ValueError: a model of the checkpoint has another architecture; says what differs.
+    """
+    from transformers import AutoConfig
+
+    saved = own_state(path).get("models", {})
+    for name in saved.keys() & models.keys():
+        found, wanted = AutoConfig.for_model(**saved[name]), models[name]
+        if differing := other_architecture(found, wanted, architecture_keys(wanted)):
+            raise ValueError(
+                f"ckpt_path: {path} is a checkpoint of another architecture than the config's: "
+                f"{differing}"
+            )
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -23,7 +23,7 @@ from lit_sparse.distributed.gradients import (
 )
 from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.weights import whole_shape
-from lit_sparse.models import build_model, check_source
+from lit_sparse.models import build_model, check_source, model_config
 from lit_sparse.models.adapter_checkpoints import check_adapters, left_out
 from lit_sparse.models.base_weights import Base
 from lit_sparse.models.lora import LoRA, add_lora
@@ -50,8 +50,10 @@ class SparseLM(LightningModule):
     pretrained one is checked at the start, and loaded by `configure_model`: under ZeRO 3 in shards.
 
     Args:
-        pretrained: local Hugging Face directory to fine-tune. Give this or `architecture`.
-        architecture: transformers config of a new model: `model_type` and its keys.
+        pretrained: local Hugging Face directory to fine-tune; None: a new model.
+        architecture: transformers config of a new model: `model_type` and its keys. Beside
+            `pretrained` it is what the directory has to hold, see
+            `lit_sparse.models.build.model_config`.
         lora: adapters to train instead of the weights of `pretrained`; None trains all of them.
             Checkpoints then hold what trains, and not the rest. Under precision bf16-mixed the
             rest is bfloat16, as every product would see it.
@@ -68,6 +70,8 @@ class SparseLM(LightningModule):
         loss_chunk: tokens whose logits exist at a time; Liger chooses by itself.
         liger_kernels: run RMSNorm, RoPE and SwiGLU by Liger's CUDA kernels.
         compile: compile the layers by torch.compile, all but their attention; see `compile_layers`.
+        trust_remote_code: run Python code that the directory of `pretrained` brings for a model
+            that transformers does not know, with all rights of this process.
     """
 
     applies_stage_learning_rates = True
@@ -92,6 +96,7 @@ class SparseLM(LightningModule):
         loss_chunk: int = 1024,
         liger_kernels: bool = False,
         compile: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         for key, value, holds in (
@@ -103,7 +108,7 @@ class SparseLM(LightningModule):
         ):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
-        check_source(pretrained, architecture)
+        check_source(pretrained, architecture, trust_remote_code)
         check_loss(loss)
         if compile:
             check_compilation(liger_kernels, tiled_mlp)
@@ -127,13 +132,16 @@ class SparseLM(LightningModule):
         if self.model is not None:
             return
         options = self.hparams
-        strategy: Any = self._trainer.strategy if self._trainer else None
         pretrained, lora = options["pretrained"], options["lora"]
+        trusted = options["trust_remote_code"]
+        strategy: Any = self._trainer.strategy if self._trainer else None
         if pretrained is not None and getattr(strategy, "zero_stage_3", False):
-            model = load_pretrained(pretrained, strategy.config)
+            model = load_pretrained(pretrained, strategy.config, trusted)
         else:
             dtype = frozen_dtype(strategy) if lora else torch.float32
-            model = build_model(pretrained, options["architecture"], dtype=dtype)
+            model = build_model(
+                pretrained, options["architecture"], dtype=dtype, trust_remote_code=trusted
+            )
         model.train()  # transformers loads for inference, where all activations are kept
         if options["liger_kernels"]:
             use_liger_kernels(model)
@@ -147,6 +155,24 @@ class SparseLM(LightningModule):
         if options["compile"]:
             compile_layers(model)
         self.model = model
+
+    @property
+    def model_config(self) -> Any:
+        """The transformers config of `model`, also before that is loaded."""
+        if self.model is not None:
+            return self.model.config
+        names = ("pretrained", "architecture", "trust_remote_code")
+        return model_config(*(self.hparams[name] for name in names))
+
+    def setup(self, stage: str) -> None:
+        # Lightning calls this before weights are read.
+        tokens = getattr(self._datamodule, "vocab_size", None)
+        embeddings = self.model_config.get_text_config().vocab_size
+        if tokens is not None and tokens > embeddings:
+            raise ValueError(
+                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
+                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
+            )
 
     def on_fit_start(self) -> None:
         check_strategy(self.trainer)
@@ -162,13 +188,6 @@ class SparseLM(LightningModule):
             check_tiling(self.trainer, "model.loss: tiled")
         if self.hparams["compile"]:
             check_compiler(self.trainer)
-        tokens = getattr(self._datamodule, "vocab_size", None)
-        embeddings = self.model.get_input_embeddings().num_embeddings  # ZeRO 3 empties weights
-        if tokens is not None and tokens > embeddings:
-            raise ValueError(
-                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
-                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
-            )
 
     @property
     def _datamodule(self) -> Any:

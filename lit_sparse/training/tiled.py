@@ -93,12 +93,17 @@ def check_tiling(trainer: Trainer, key: str) -> None:
     Raises:
         ValueError: several processes without DeepSpeed.
     """
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DeepSpeedStrategy):
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        refuse_tiling(key, trainer.world_size, type(trainer.strategy).__name__)
+
+
+def refuse_tiling(key: str, processes: int, strategy: str) -> None:
+    """See `check_tiling`; of a strategy, by its name, that is not DeepSpeed."""
+    if processes > 1:
         raise ValueError(
-            f"{key} trains on {trainer.world_size} processes under DeepSpeed only: a parameter "
-            f"gets a gradient once a tile, and {type(trainer.strategy).__name__} takes the first "
-            "for the whole; set trainer.strategy to a DeepSpeed one, or model.tiled_mlp: null and "
-            "model.loss: chunked"
+            f"{key} trains on {processes} processes under DeepSpeed only: a parameter gets a "
+            f"gradient once a tile, and {strategy} takes the first for the whole; set "
+            "trainer.strategy to a DeepSpeed one, or model.tiled_mlp: null and model.loss: chunked"
         )
 
 

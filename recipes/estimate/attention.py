@@ -65,7 +65,7 @@ def count_attention(decoder: Any, counted: Counted) -> None:
     """Have the layers of a transformers decoder call this attention.
 
     Raises:
-        NotImplementedError: Triton is not installed.
+        NotImplementedError: Triton is not installed, or the kernels have no such head_dim.
     """
     from transformers import AttentionInterface
 
@@ -73,6 +73,14 @@ def count_attention(decoder: Any, counted: Counted) -> None:
         raise NotImplementedError(
             "the memory of attention is that of the Triton kernels, but triton is not installed: "
             "pip install triton (on Linux)"
+        )
+    from lit_sparse.attention.triton.backend import DIMS
+
+    config = decoder.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if dim > DIMS[1]:
+        raise NotImplementedError(
+            f"the memory of attention is that of the Triton kernels, which have no head_dim {dim}"
         )
     AttentionInterface.register(_NAME, _forward)
     decoder.config._attn_implementation = _NAME

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lit_sparse.attention.plan import Plan
-from lit_sparse.budget import Budget
+from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.live import Bytes
 from lit_sparse.recipes.estimate.model import Model
 from lit_sparse.recipes.estimate.sharding import Sharding, States
@@ -43,23 +43,23 @@ def row_memory(
     model: Model,
     recipe: Recipe,
     activations: str,
-    budgets: Mapping[Budget, int],
-    plan: Callable[[Budget], Plan],
+    kinds: Mapping[Keeps, int],
+    plan: Callable[[Keeps], Plan],
     sequence: int,
 ) -> Row:
     """Of one curriculum stage.
 
     Args:
         activations: "keep", "recompute" or "offload"; the last two go with `recipe.recompute`.
-        budgets: of the layers -> how many have it.
-        plan: of a row under a budget.
+        kinds: what layers keep -> how many do.
+        plan: of a row under that.
         sequence: ranks that share the row.
     """
-    decoders = {budget: decoder_bytes(model, recipe, plan(budget), sequence) for budget in budgets}
+    decoders = {keeps: decoder_bytes(model, recipe, plan(keeps), sequence) for keeps in kinds}
     kept = Counter(next(iter(decoders.values())).once)
-    for budget, layers in budgets.items():
-        kept.update({name: layers * n for name, n in decoders[budget].layer.items()})
-    tokens = plan(next(iter(budgets))).queries[-1] // sequence
+    for keeps, layers in kinds.items():
+        kept.update({name: layers * n for name, n in decoders[keeps].layer.items()})
+    tokens = plan(next(iter(kinds))).queries[-1] // sequence
     cpu = 0
     if activations == "offload":
         # All but the input of the layer that is being worked on.

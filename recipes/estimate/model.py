@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_sparse.models import build_model, check_support, pretrained_config
+from lit_sparse.models import attention_layers, check_support, model_config, window_of
+from lit_sparse.models.lora import LoRA, add_lora
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,29 @@ class Model:
     Args:
         config: of transformers.
         parameters: all of them; tied ones count once.
-        matrices: parameters of the layers that every token is multiplied with: neither embeddings,
-            nor norms, biases and the head.
+        trained: of them, those that an optimizer changes.
+        matrices: parameters of the layers that a token is multiplied with: neither embeddings, nor
+            norms, biases and the head; of experts those that a token is sent to.
+        trained_matrices: of them, likewise.
         head: parameters of the language-model head.
-        mlp: parameters of all MLPs.
+        trains_head: whether it is trained.
+        mlp: of them, those of all MLPs.
         largest: parameters of the largest module that has any itself.
+        windows: of each layer its own sliding window in tokens; None: it obeys the law.
+        lora: its adapters.
     """
 
     config: Any
     parameters: int
+    trained: int
     matrices: int
+    trained_matrices: int
     head: int
+    trains_head: bool
     mlp: int
     largest: int
+    windows: tuple[int | None, ...] = ()
+    lora: LoRA | None = None
 
     @property
     def layers(self) -> int:
@@ -63,6 +74,11 @@ class Model:
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def experts(self) -> int | None:
+        """Experts that a token is sent to; None for a model without any."""
+        return _experts(self.config)
+
     def shallow(self, layers: int) -> Any:
         """Its config with fewer layers and a vocabulary of no size to speak of."""
         config = copy.deepcopy(self.config)
@@ -72,31 +88,58 @@ class Model:
         return config
 
 
-def read_model(pretrained: str | None, architecture: Mapping[str, Any] | None) -> Model:
+def read_model(
+    pretrained: str | None,
+    architecture: Mapping[str, Any] | None,
+    lora: LoRA | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
     """Count the parameters of a model that is built on the meta device; no weights are read.
 
     Raises:
         ValueError: the config of no model that sparse attention knows.
         NotImplementedError: a layer has what sparse attention has not.
     """
-    with torch.device("meta"):
-        if pretrained is not None and architecture is None:
-            from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-            model: Any = AutoModelForCausalLM.from_config(pretrained_config(pretrained))
-        else:
-            model = build_model(pretrained, architecture)
+    config = model_config(pretrained, architecture, trust_remote_code)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     check_support(model)
+    if lora is not None:
+        add_lora(model, lora)
     layers = model.base_model.layers
+    experts = _experts(config)
+    head = model.get_output_embeddings().weight
     return Model(
         config=model.config,
-        parameters=sum(p.numel() for p in model.parameters()),
-        matrices=sum(p.numel() for p in layers.parameters() if p.dim() > 1),
-        head=model.get_output_embeddings().weight.numel(),
-        mlp=sum(_size(layer.mlp) for layer in layers),
-        largest=max(_size(module, recurse=False) for module in model.modules()),
+        parameters=_size(model.parameters()),
+        trained=_size(p for p in model.parameters() if p.requires_grad),
+        matrices=_multiplied(layers.parameters(), experts),
+        trained_matrices=_multiplied((p for p in layers.parameters() if p.requires_grad), experts),
+        head=head.numel(),
+        trains_head=head.requires_grad,
+        mlp=sum(_multiplied(layer.mlp.parameters(), experts) for layer in layers),
+        largest=max(_size(module.parameters(recurse=False)) for module in model.modules()),
+        windows=tuple(window_of(model, layer) for layer, _ in attention_layers(model)),
+        lora=lora,
     )
 
 
-def _size(module: nn.Module, recurse: bool = True) -> int:
-    return sum(p.numel() for p in module.parameters(recurse))
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _experts(config: Any) -> int | None:
+    return getattr(config, "num_experts_per_tok", None)
+
+
+def _multiplied(parameters: Iterable[nn.Parameter], experts: int | None) -> int:
+    """The size of the matrices: of a stack [experts, ...] so many of them."""
+    total = 0
+    for p in parameters:
+        if p.dim() == 2:
+            total += p.numel()
+        elif p.dim() == 3 and experts is not None:
+            total += p.numel() // len(p) * experts
+    return total

@@ -14,21 +14,22 @@ from lit_sparse.recipes.estimate.memory import PARTS, Memory
 from lit_sparse.recipes.estimate.result import Estimate
 from lit_sparse.recipes.estimate.settings import Settings
 from lit_sparse.recipes.estimate.sizing import remedies, smallest
+from lit_sparse.training import Stage
 
 NOTE = (
     "Rows are assumed full of documents of the stage's length. FLOPs of what is executed: 2 a "
-    "parameter and token in a forward, 4 in a backward, and a forward more wherever it runs again "
-    "(activation checkpointing, chunked loss, tiled MLP); in attention {forward} and {backward} a "
-    "pair and head dimension, of whole blocks in whole tiles (executed: these pairs / causal "
-    "pairs; dense: all causal pairs). Days: at {utilisation:.0%} of the data sheet's dense bf16 "
-    "peak of all GPUs, whatever the sharding. Memory of one GPU, in {unit}: states, and the "
-    "largest of what does not happen at a time: training (the backward of a layer), the loss "
-    "(logits, beside what layers keep), the optimizer step, and generation where a callback does "
-    "that (cache: at the longest length, whole on each GPU; beside a forward). It is of the stage "
-    "that needs most, without torch.compile, on the Triton kernels. buffers: DeepSpeed's reduction "
-    "bucket, in ZeRO 3 also gathered and fetched weights. step: float32 gradients and AdamW's "
-    "temporary. CPU: what is offloaded, of a node. A GPU's gigabyte is taken as 10^9 bytes; what "
-    "it holds more is for the CUDA context, NCCL and fragmentation."
+    "parameter and token in a forward, 4 in a backward (2 where it is frozen), and a forward more "
+    "wherever it runs again (activation checkpointing, chunked loss, tiled MLP); in attention "
+    "{forward} and {backward} a pair and head dimension, of whole blocks in whole tiles (executed: "
+    "these pairs / causal pairs; dense: all causal pairs). Days: at {utilisation:.0%} of the data "
+    "sheet's dense bf16 peak of all GPUs, whatever the sharding. Memory of one GPU, in {unit}: "
+    "states, and the largest of what does not happen at a time: training (the backward of a "
+    "layer), the loss (logits, beside what layers keep), the optimizer step, and generation where "
+    "a callback does that (cache: at the longest length, whole on each GPU; beside a forward). It "
+    "is of the stage that needs most, without torch.compile, on the Triton kernels. buffers: "
+    "DeepSpeed's reduction bucket, in ZeRO 3 also gathered and fetched weights. step: float32 "
+    "gradients and AdamW's temporary. CPU: what is offloaded, of a node. A GPU's gigabyte is taken "
+    "as 10^9 bytes; what it holds more is for the CUDA context, NCCL and fragmentation."
 )
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20))
@@ -39,7 +40,7 @@ def lines(found: Estimate) -> list[str]:
     table = [memory for memory in found.memories if memory.sharding.gpus == found.used]
     if found.own is not None and found.own.sharding not in [m.sharding for m in table]:
         table.insert(0, found.own)
-    name, unit = _unit(table)
+    name, unit = memory_unit(table)
     printed = [*wrap(_title(found)), "", *_stages(found), "", *_shardings(found, table, unit), ""]
     for gpu in found.gpus:
         printed += [*_suggestion(found, gpu, name, unit), ""]
@@ -51,11 +52,13 @@ def lines(found: Estimate) -> list[str]:
 
 def _title(found: Estimate) -> str:
     settings, model = found.settings, found.settings.model
+    trained = "" if model.lora is None else f" ({count(model.trained)} trained)"
     return (
-        f"{settings.name}: {model.config.model_type}, {_count(model.parameters)} parameters, "
-        f"{model.layers} layers of {model.heads} query / {model.kv_heads} key-value heads of "
-        f"{model.head_dim}; rows of {tokens(settings.row_tokens)} tokens, {settings.rows_per_step} "
-        f"a step; {settings.precision}, activations: {settings.activations}, loss: {settings.loss}"
+        f"{settings.name}: {model.config.model_type}, {count(model.parameters)} parameters"
+        f"{trained}, {model.layers} layers of {model.heads} query / {model.kv_heads} key-value "
+        f"heads of {model.head_dim}; rows of {tokens(settings.row_tokens)} tokens, "
+        f"{settings.rows_per_step} a step; {settings.precision}, activations: "
+        f"{settings.activations}, loss: {settings.loss}"
     )
 
 
@@ -74,18 +77,24 @@ def _stages(found: Estimate) -> list[str]:
             for gpu in found.gpus
         ]
         sums = [sum(getattr(work, name) for work in works) for name in flops]
-        cells = [*first, str(steps), _count(found.tokens(steps)), *law]
-        return [*cells, *(_digits(x / 1e15) for x in sums), *map(_days, days)]
+        cells = [*first, str(steps), count(found.tokens(steps)), *law]
+        return [*cells, *(digits(x / 1e15) for x in sums), *map(_days, days)]
 
     rows = []
     for stage, work in zip(settings.curriculum.stages, found.work, strict=True):
-        budgets = settings.budgets(stage)
-        most = max(budgets, key=lambda budget: budgets[budget])
-        keys = "dense" if stage.attention == "dense" else str(most(stage.length))
+        keys = keys_at(settings, stage)
         law = [keys, f"{work.executed:.3f}"]
         rows.append(row([tokens(stage.length)], stage.steps, law, [work]))
     rows.append(row(["all"], settings.curriculum.total_steps, ["", ""], found.work))
     return render_table(groups, rows)
+
+
+def keys_at(settings: Settings, stage: Stage) -> str:
+    """k(n) at a stage's length, of most of the layers that obey a law."""
+    kinds = {keeps: n for keeps, n in settings.kinds(stage).items() if keeps.window is None}
+    if stage.attention == "dense" or not kinds:
+        return "dense" if kinds else "windows"
+    return str(max(kinds, key=lambda keeps: kinds[keeps]).budget(stage.length))
 
 
 def _shardings(found: Estimate, table: Sequence[Memory], unit: int) -> list[str]:
@@ -110,8 +119,8 @@ def _shardings(found: Estimate, table: Sequence[Memory], unit: int) -> list[str]
         ]
         stage = "none" if sharding.stage is None else str(sharding.stage)
         place = [f"{sharding.gpus}{own}", stage, str(sharding.sequence), sharding.offload]
-        cpu = _digits(memory.cpu(found.settings.per_node) / unit)
-        sizes_of_it = [_digits(size / unit) for size in sizes]
+        cpu = digits(memory.cpu(found.settings.per_node) / unit)
+        sizes_of_it = [digits(size / unit) for size in sizes]
         rows.append([*place, *sizes_of_it, memory.moment, cpu, *days])
     return render_table(groups, rows)
 
@@ -130,7 +139,7 @@ def _suggestion(found: Estimate, gpu: Gpu, name: str, unit: int) -> list[str]:
     for what, memory in zip(said, chosen, strict=False):
         days = _days(found.days(gpu, memory.sharding.gpus))
         printed += [
-            f"{what} ({_digits(memory.peak / unit)} of {_digits(gpu.memory / unit)} {name}, "
+            f"{what} ({digits(memory.peak / unit)} of {digits(gpu.memory / unit)} {name}, "
             f"{days} days):",
             f"  trainer: {_yaml(memory.sharding.trainer(found.settings.per_node))}",
         ]
@@ -143,12 +152,12 @@ def _refusal(found: Estimate, gpu: Gpu, name: str, unit: int) -> str:
     largest = max(least.parts, key=lambda part: least.parts[part])
     said = (
         f"{gpu.name}: no sharding on up to {found.settings.gpus} GPUs fits "
-        f"{_digits(gpu.memory / unit)} {name}. The least is {_digits(least.peak / unit)} {name} "
-        f"({_named(least)}, at {least.moment}), {_digits(least.parts[largest] / unit)} of them "
+        f"{digits(gpu.memory / unit)} {name}. The least is {digits(least.peak / unit)} {name} "
+        f"({_named(least)}, at {least.moment}), {digits(least.parts[largest] / unit)} of them "
         f"{largest}."
     )
     helps = [
-        f"{what} ({_named(memory)}: {_digits(memory.peak / unit)} {name})"
+        f"{what} ({_named(memory)}: {digits(memory.peak / unit)} {name})"
         for what, memory in remedies(found.settings, gpu)
     ]
     if not helps:
@@ -175,11 +184,11 @@ def _remarks(found: Estimate) -> list[str]:
         )
     if settings.liger_kernels:
         said.append("model.liger_kernels is estimated as false: they keep fewer activations.")
-    said += [f"The GPU kernels do not run this: {what}." for what in _refused(settings)]
+    said += [f"The GPU kernels do not run this: {what}." for what in kernel_refusals(settings)]
     return said
 
 
-def _refused(settings: Settings) -> list[str]:
+def kernel_refusals(settings: Settings) -> list[str]:
     """What the Triton backend would refuse of a config."""
     from lit_sparse.attention.triton.backend import DIMS, LEAST_BLOCK, MOST_GROUPS
 
@@ -202,7 +211,8 @@ def _refused(settings: Settings) -> list[str]:
     return [what for what, refused in refusals.items() if refused]
 
 
-def _unit(memories: Sequence[Memory]) -> tuple[str, int]:
+def memory_unit(memories: Sequence[Memory]) -> tuple[str, int]:
+    """Of the largest of them: its name and its bytes."""
     most = max(memory.peak for memory in memories)
     return next(((name, size) for name, size in _UNITS if most >= size), _UNITS[-1])
 
@@ -212,7 +222,8 @@ def _yaml(value: dict[str, Any]) -> str:
     return json.dumps(value).replace('"', "")
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """1230000 -> 1.23 M."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -220,9 +231,9 @@ def _count(number: int) -> str:
 
 
 def _days(value: float) -> str:
-    return _digits(value) if value >= 0.001 else "<0.001"
+    return digits(value) if value >= 0.001 else "<0.001"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """A cell of about three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

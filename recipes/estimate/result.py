@@ -63,7 +63,15 @@ class Estimate:
         return {
             "model": {
                 name: getattr(model, name)
-                for name in ("parameters", "matrices", "head", "mlp", "largest", "layers")
+                for name in (
+                    "parameters",
+                    "trained",
+                    "matrices",
+                    "head",
+                    "mlp",
+                    "largest",
+                    "layers",
+                )
             },
             "precision": settings.precision,
             "activations": settings.activations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from lit_sparse.callbacks import ContextCurriculum, SparseAttention
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.models import Law
+from lit_sparse.models.lora import LoRA
+from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.model import Model, read_model
 from lit_sparse.recipes.estimate.sharding import Sharding, Zero, refusal
 from lit_sparse.recipes.estimate.step import Recipe
@@ -73,8 +76,10 @@ class Settings:
     def recipe(self, sharding: Sharding) -> Recipe:
         """A step under a sharding: DeepSpeed casts the model where PyTorch alone casts products."""
         autocast = sharding.stage is None and self.precision in _MIXED
+        # Weights that no optimizer changes are kept as the products see them.
+        whole = self.precision in _FULL or (autocast and self.model.lora is None)
         return Recipe(
-            dtype=torch.float32 if autocast or self.precision in _FULL else torch.bfloat16,
+            dtype=torch.float32 if whole else torch.bfloat16,
             autocast=autocast,
             recompute=self.activations != "keep",
             tiled_mlp=self.tiled_mlp,
@@ -82,19 +87,22 @@ class Settings:
             loss_chunk=self.loss_chunk,
         )
 
-    def budgets(self, stage: Stage) -> Mapping[Budget, int]:
-        """The budgets of a stage -> how many layers have it."""
-        if stage.attention == "dense":
-            return {Budget.dense(): self.model.layers}
+    def kinds(self, stage: Stage) -> Mapping[Keeps, int]:
+        """What layers keep in a stage -> how many do."""
         budget = stage.budget or self.law.budget
-        return Counter(self.law.layers.get(i, budget) for i in range(self.model.layers))
+        found: Counter[Keeps] = Counter()
+        for layer, window in enumerate(self.model.windows):
+            own = self.law.layers.get(layer, budget)
+            dense = stage.attention == "dense" or window is not None
+            found[Keeps(Budget.dense() if dense else own, window)] += 1
+        return found
 
-    def plan(self, length: int, budget: Budget, row_tokens: int | None = None) -> Plan:
+    def plan(self, length: int, keeps: Keeps, row_tokens: int | None = None) -> Plan:
         """Of a row full of documents of so many tokens; a last one is what is left."""
         row = row_tokens or self.row_tokens
         bounds = (*range(0, row, length), row)
         tile = self.law.tile or default_tile(self.model.groups)
-        return make_plan(bounds, bounds, budget, self.law.block, tile)
+        return make_plan(bounds, bounds, keeps.budget, self.law.block, tile, keeps.window)
 
 
 def read_settings(argv: list[str], gpus: int | None) -> Settings:
@@ -104,14 +112,20 @@ def read_settings(argv: list[str], gpus: int | None) -> Settings:
         ValueError, NotImplementedError: what fit would refuse, as far as that shows without data,
             weights and GPUs; a strategy that is not known here.
     """
-    config = _parse(argv)
+    return settings_of(_Parsed(["fit", *argv]).config["fit"], gpus)
+
+
+def settings_of(config: Namespace, gpus: int | None = None) -> Settings:
+    """See `read_settings`; of a config that is parsed."""
     attention, curriculum = _callbacks(config)
     data = PackedTextDataModule(**config.data.as_dict(), curriculum=curriculum)
     curriculum.check(row_tokens=data.row_tokens, block=attention.block)
     precision = str(config.trainer.precision or "32-true")
     if precision not in (*_FULL, *_MIXED, *_HALF):
         raise ValueError(f"trainer.precision: {precision} is not estimated; take bf16-true")
-    model = read_model(config.model.pretrained, config.model.architecture)
+    lora = config.model.lora and LoRA(**config.model.lora.as_dict())
+    source = config.model.pretrained, config.model.architecture
+    model = read_model(*source, lora, config.model.trust_remote_code)
     named, node = _gpus_of(config.trainer)
     at_hand = gpus or named or NODE
     own, zero = _strategy(config.trainer.strategy, named, at_hand)
@@ -141,8 +155,16 @@ def read_settings(argv: list[str], gpus: int | None) -> Settings:
     )
 
 
-class _Parsed(SparseCLI):
-    """Checks every key of a config, and builds nothing."""
+class QuietCLI(SparseCLI):
+    """Raises what is wrong with a config, where the command line exits; trains nothing."""
+
+    def __init__(self, argv: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            try:
+                super().__init__(argv)
+            except argparse.ArgumentError as error:
+                raise ValueError(str(error)) from error
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         parser = super().init_parser(**options)
@@ -151,20 +173,15 @@ class _Parsed(SparseCLI):
 
     def _set_seed(self) -> None: ...
 
-    def before_instantiate_classes(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def _parse(argv: list[str]) -> Namespace:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-        try:
-            return _Parsed(["fit", *argv]).config["fit"]
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error)) from error
+class _Parsed(QuietCLI):
+    """Checks every key of a config, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
 
 
 def _callbacks(config: Namespace) -> tuple[SparseAttention, Curriculum]:
@@ -195,6 +212,7 @@ def _strategy(strategy: Any, named: int | None, at_hand: int) -> tuple[Sharding 
     if name in ("DeepSpeedSparseStrategy", "deepspeed_sparse"):
         stage, sequence = given.get("stage", 2), given.get("sequence_parallel", 1)
         offloads = [given.get(key) for key in ("offload_optimizer", "offload_parameters")]
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to guess
         # NVMe is for the machine that trains to have; its bytes are counted like CPU memory.
         optimizer, parameters = ("cpu" if device == "nvme" else device for device in offloads)
         checked = deepspeed_config(stage, optimizer, parameters, None, given.get("config"))

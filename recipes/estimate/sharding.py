@@ -1,7 +1,8 @@
 """What DeepSpeed keeps on each GPU and in CPU memory, by ZeRO stage and offload.
 
 Read in DeepSpeed 0.19, and held against its engines in the tests. With P parameters of b bytes on N
-GPUs (data and sequence parallel alike), AdamW, float32 masters and moments:
+GPUs (data and sequence parallel alike), AdamW, float32 masters and moments, where P is that of the
+trained ones for all but the weights:
 
 - weights: b P; in stage 3 b P / N, or none where they are offloaded.
 - gradients: b P in stages 0 and 1; b P / N in stages 2 and 3, in 2 twice while micro-batches
@@ -145,12 +146,12 @@ def states(
         accumulates: whether an optimizer step has several micro-batches.
     """
     if sharding.stage is None:
-        return _plain(sharding, itemsize * model.parameters)
-    b, stage, total = itemsize, sharding.stage, model.parameters
-    share = total / sharding.gpus
+        return _plain(sharding, itemsize, model)
+    b, stage, total, trained = itemsize, sharding.stage, model.parameters, model.trained
+    share = trained / sharding.gpus
     offloaded = sharding.offload_optimizer is not None
-    weights = b * (share if stage == 3 else total)
-    gradients = b * (total if stage < 2 else share)
+    weights = b * (total / sharding.gpus if stage == 3 else total)
+    gradients = b * (trained if stage < 2 else share)
     if stage == 2 and accumulates:
         gradients *= 2
     optimizer, step = 12 * share, 8 * share
@@ -158,8 +159,8 @@ def states(
     if stage == 0:
         master = 0 if b == 4 else 4
         # They are reduced in one piece, when the activations are gone.
-        reduced = b * min(total, _REDUCED) if sharding.gpus > 1 else 0
-        optimizer, step = (8 + master) * total, max((4 + master) * total, reduced)
+        reduced = b * min(trained, _REDUCED) if sharding.gpus > 1 else 0
+        optimizer, step = (8 + master) * trained, max((4 + master) * trained, reduced)
         buffers = 0
     if stage == 3:
         alive = max(zero.stage3_max_live_parameters, model.largest)
@@ -176,7 +177,10 @@ def states(
     return States(weights, gradients, optimizer, buffers, step, cpu)
 
 
-def _plain(sharding: Sharding, weights: float) -> States:
+def _plain(sharding: Sharding, itemsize: int, model: Model) -> States:
+    # Adapters, and what is trained beside them, are float32.
+    trained = model.trained * (itemsize if model.lora is None else 4)
+    weights = itemsize * (model.parameters - model.trained) + trained
     # DDP reduces gradients in buckets beside them; AdamW's states are of the weights' type.
-    gradients = weights * (2 if sharding.gpus > 1 else 1)
-    return States(weights, gradients, 2 * weights, 0, weights, 0)
+    gradients = trained * (2 if sharding.gpus > 1 else 1)
+    return States(weights, gradients, 2 * trained, 0, trained, 0)

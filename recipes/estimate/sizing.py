@@ -66,7 +66,7 @@ class Sizing:
                     settings.model,
                     recipe,
                     settings.activations,
-                    settings.budgets(stage),
+                    settings.kinds(stage),
                     partial(settings.plan, stage.length),
                     sequence,
                 )
@@ -79,8 +79,7 @@ class Sizing:
         if recipe not in self._prefills:
             settings, stage = self.settings, self.settings.curriculum.stages[-1]
             plans = [
-                settings.plan(stage.length, budget, stage.length)
-                for budget in settings.budgets(stage)
+                settings.plan(stage.length, keeps, stage.length) for keeps in settings.kinds(stage)
             ]
             sizes = [prefill_memory(settings.model, recipe, plan) for plan in plans]
             self._prefills[recipe] = max(sizes)
@@ -92,7 +91,7 @@ def stage_work(settings: Settings, stage: Stage) -> Work:
     return work(
         settings.model,
         settings.recipe(Sharding(1, 0)),
-        settings.budgets(stage),
+        settings.kinds(stage),
         partial(settings.plan, stage.length),
         rows=settings.rows_per_step * stage.steps,
     )

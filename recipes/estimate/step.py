@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse.attention.plan import Plan
+from lit_sparse.models.lora import add_lora
 from lit_sparse.recipes.estimate.attention import Counted, count_attention
 from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
 from lit_sparse.recipes.estimate.model import Model
@@ -72,17 +75,16 @@ def decoder_bytes(model: Model, recipe: Recipe, plan: Plan, sequence: int) -> De
     tokens = plan.queries[-1] // sequence
     kept: list[Bytes] = []
     for layers in (2, 1):
-        with _without_memory():
-            decoder = _decoder(model, recipe, layers)
-            with LiveBytes() as live:
-                count_attention(decoder, Counted.of(live, plan, sequence))
-                hidden = _forward(decoder, recipe, tokens)
-                kept.append(Counter(live.now))
-                if layers == 1:
-                    loss = _Loss.apply(hidden)
-                    del hidden
-                    live.forget_peak()
-                    loss.backward()
+        decoder = _decoder(model, recipe, layers)
+        with _without_memory(decoder), LiveBytes() as live:
+            count_attention(decoder, Counted.of(live, plan, sequence))
+            hidden = _forward(decoder, recipe, tokens)
+            kept.append(Counter(live.now))
+            if layers == 1:
+                loss = _Loss.apply(hidden)
+                del hidden
+                live.forget_peak()
+                loss.backward()
     two, one = kept
     layer = difference(two, one)
     return DecoderBytes(difference(one, layer), layer, difference(live.peak, one))
@@ -90,11 +92,10 @@ def decoder_bytes(model: Model, recipe: Recipe, plan: Plan, sequence: int) -> De
 
 def prefill_bytes(model: Model, recipe: Recipe, plan: Plan) -> int:
     """The largest moment of a forward without gradients, beside weights and key-value cache."""
-    with _without_memory(), torch.no_grad():
-        decoder = _decoder(model, recipe, layers=1)
-        with LiveBytes() as live:
-            count_attention(decoder, Counted.of(live, plan))
-            _forward(decoder, recipe, plan.queries[-1])
+    decoder = _decoder(model, recipe, layers=1)
+    with _without_memory(decoder), torch.no_grad(), LiveBytes() as live:
+        count_attention(decoder, Counted.of(live, plan))
+        _forward(decoder, recipe, plan.queries[-1])
     return live.peak.total()
 
 
@@ -113,7 +114,8 @@ def loss_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
 def _chunked_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
     cross_entropy = tiled_cross_entropy if recipe.loss == "tiled" else chunked_cross_entropy
     with _without_memory():
-        head = _freeing(nn.Linear(model.hidden, model.vocabulary, bias=False, dtype=recipe.dtype))
+        head = nn.Linear(model.hidden, model.vocabulary, bias=False, dtype=recipe.dtype)
+        _free_gradients(head.requires_grad_(model.trains_head))
         hidden = torch.empty(tokens, model.hidden, dtype=recipe.dtype, requires_grad=True)
         labels = torch.zeros(tokens, dtype=torch.int64)
         with LiveBytes("logits") as live:
@@ -129,7 +131,8 @@ def _liger_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
     """
     shrink = -(-model.vocabulary // model.hidden)
     rows = 2 ** (-(-tokens // shrink) - 1).bit_length()
-    numbers = tokens * model.hidden + model.head + rows * model.vocabulary
+    gradient = model.head if model.trains_head else 0
+    numbers = tokens * model.hidden + gradient + rows * model.vocabulary
     return numbers * recipe.dtype.itemsize + 4 * tokens
 
 
@@ -138,20 +141,51 @@ def difference(a: Bytes, b: Bytes) -> Bytes:
     return Counter({name: a[name] - b[name] for name in a | b})
 
 
-def _without_memory() -> FakeTensorMode:
+@contextmanager
+def _without_memory(module: nn.Module | None = None) -> Iterator[None]:
+    """Inside, tensors of the CPU have no memory; so have the weights of a module that comes from
+    the meta device.
+    """
     # The tables of a plan come from the host as they are.
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for part in module.modules() if module is not None else ():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="cpu")
+                    part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if module is not None:
+            _free_gradients(module)
+        yield
 
 
 def _decoder(model: Model, recipe: Recipe, layers: int) -> Any:
+    """On the meta device.
+
+    Raises:
+        NotImplementedError: products of experts that PyTorch has in bfloat16 alone.
+    """
     from transformers import AutoModel
 
-    decoder: Any = AutoModel.from_config(model.shallow(layers), dtype=recipe.dtype).train()
+    if model.experts is not None and recipe.dtype != torch.bfloat16:
+        raise NotImplementedError(
+            "a model of experts is estimated with weights in bfloat16 alone: take "
+            "trainer.precision bf16-true"
+        )
+
+    with torch.device("meta"):
+        decoder: Any = AutoModel.from_config(model.shallow(layers), dtype=recipe.dtype).train()
     if recipe.tiled_mlp is not None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to guess
         tile_mlps(decoder, recipe.tiled_mlp)
+    if model.lora is not None:
+        add_lora(decoder, model.lora)
+        if not recipe.autocast:  # DeepSpeed casts all
+            decoder.to(recipe.dtype)
     set_activations(decoder, "recompute" if recipe.recompute else "keep")
-    return _freeing(decoder)
+    return decoder
 
 
 def _forward(decoder: Any, recipe: Recipe, tokens: int) -> Tensor:
@@ -169,11 +203,10 @@ def _autocast(recipe: Recipe) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast)
 
 
-def _freeing(module: nn.Module) -> Any:
-    """The module, whose gradients are gone as soon as they are whole: they count elsewhere."""
-    for parameter in module.parameters():
+def _free_gradients(module: nn.Module) -> None:
+    """Have the gradients of a module go as soon as they are whole: they count elsewhere."""
+    for parameter in filter(lambda p: p.requires_grad, module.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return module
 
 
 class _Loss(torch.autograd.Function):

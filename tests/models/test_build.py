@@ -1,7 +1,10 @@
 """build_model: a local directory or an architecture, and what is refused."""
 
+import json
+
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from lit_sparse.models import build_model
 
@@ -38,11 +41,56 @@ def test_saved_and_loaded(tmp_path):
     assert build_model(architecture=loaded.config.to_diff_dict()).config.hidden_size == 64
 
 
-def test_one_source():
-    with pytest.raises(ValueError, match=r"exactly one of model\.pretrained and model\.arch"):
+def test_a_directory_counts_more_than_the_same_architecture(tmp_path):
+    with pytest.raises(ValueError, match=r"set model\.pretrained or model\.architecture"):
         build_model()
-    with pytest.raises(ValueError, match=r"exactly one of model\.pretrained and model\.arch"):
-        build_model("directory", {"model_type": "llama"})
+    saved = build_model(architecture={"model_type": "llama", **TINY})
+    saved.save_pretrained(tmp_path)
+    changed = {"vocab_size": 50, "rope_theta": 5e5, "max_position_embeddings": 99}
+    model = build_model(tmp_path, {"model_type": "llama", **TINY, **changed, "bos_token_id": 9})
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+    assert model.config.rope_parameters["rope_theta"] == 10000.0
+    for other, said in (
+        ({"num_key_value_heads": 4}, "num_key_value_heads 2 instead of 4; take"),
+        ({"rms_norm_eps": 1e-5, "hidden_act": "gelu"}, "hidden_act silu instead of gelu, rms_norm"),
+        ({"model_type": "qwen3"}, "model_type llama instead of qwen3; take"),
+        (
+            {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8},
+            "num_hidden_layers 2 instead of 1 and 1 more; take",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"of another architecture than .*{said}"):
+            build_model(tmp_path, {"model_type": "llama", **TINY, **other})
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def test_code_of_a_directory_runs_where_it_is_trusted_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    directory = tmp_path / "odd"
+    build_model(architecture={"model_type": "llama", **TINY}).save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    code = {"AutoConfig": "odd_code.OddConfig", "AutoModelForCausalLM": "odd_code.OddForCausalLM"}
+    (directory / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    # transformers has a llama of its own, and needs no other.
+    assert type(build_model(directory)).__module__.startswith("transformers.")
+    (directory / "config.json").write_text(
+        json.dumps({**config, "auto_map": code, "model_type": "odd"})
+    )
+    (directory / "odd_code.py").write_text(CODE)
+    with pytest.raises(ValueError, match=r"not run: set model\.trust_remote_code: true if"):
+        build_model(directory)
+    assert type(build_model(directory, trust_remote_code=True)).__name__ == "OddForCausalLM"
 
 
 def test_directory_without_a_model(tmp_path):

@@ -66,7 +66,13 @@ def settings(config: Path, *arguments: str) -> Settings:
 def keys(kind: str) -> dict[str, Any]:
     """Of the architecture, for another model type."""
     changed = {**ARCHITECTURE, "model_type": kind}
-    changed |= {"sliding_window": None} if kind == "mistral" else {}
-    if kind == "qwen2":
-        del changed["head_dim"]
+    if kind in ("mistral", "mixtral", "phi3"):
+        changed |= {"sliding_window": None, "pad_token_id": None}
+    if kind.startswith(("gemma", "gpt")):
+        changed |= {"sliding_window": 100}
+        changed |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    if kind in ("gpt_oss", "mixtral"):
+        changed |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if kind == "qwen3_moe":
+        changed |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return changed

@@ -12,8 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_config import ARCHITECTURE, estimate, keys, settings, write
 
 from lit_sparse.attention import select, sparse_attention
+from lit_sparse.attention.plan import make_plan
+from lit_sparse.budget import Budget
 from lit_sparse.models import sparsify
+from lit_sparse.models.lora import LoRA
 from lit_sparse.recipes.estimate import main
+from lit_sparse.recipes.estimate.compute import causal_pairs
 from lit_sparse.recipes.estimate.model import read_model
 from lit_sparse.recipes.estimate.sharding import Sharding
 from lit_sparse.recipes.estimate.sizing import stage_work
@@ -40,9 +44,22 @@ def test_parameters_are_those_of_the_built_model(kind, tied):
     architecture = {**keys(kind), "tie_word_embeddings": tied}
     model = read_model(None, architecture)
     built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    assert model.parameters == sum(p.numel() for p in built.parameters())
+    assert model.parameters == model.trained == sum(p.numel() for p in built.parameters())
     assert model.matrices - model.mlp == 3 * 2 * (64 + 32) * 64  # q, k, v, o
     assert model.mlp == 3 * 3 * 64 * 192
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to():
+    model = read_model(None, keys("qwen3_moe"))
+    router, expert = 64 * 8, 3 * 64 * 64
+    assert model.mlp == 3 * (router + 2 * expert)
+    assert model.parameters - 2 * model.head > 3 * 8 * expert
+    assert model.matrices - model.mlp == 3 * 2 * (64 + 32) * 64
+
+
+def test_sliding_layers_have_the_pairs_of_their_window(config):
+    pairs = sum(min(i + 1, 100) for i in range(1000)) + sum(range(1, 25))
+    assert causal_pairs(make_plan((0, 1000, 1024), (0, 1000, 1024), Budget(), 16, 16), 100) == pairs
 
 
 def test_a_directory_needs_no_weights(tmp_path):
@@ -57,10 +74,12 @@ def _batch(tokens):
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_flops_of_products_are_those_of_a_real_step(config, activations):
-    given = settings(config, "--model.activations", activations)
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, train_embeddings=True)])
+def test_flops_of_products_are_those_of_a_real_step(config, activations, lora):
+    adapters = ["--model.lora.rank", "4", "--model.lora.train_embeddings", "true"] if lora else []
+    given = settings(config, "--model.activations", activations, *adapters)
     work = stage_work(given, given.curriculum.stages[1])
-    module = SparseLM(architecture=ARCHITECTURE, activations=activations, loss_chunk=256)
+    module = SparseLM(architecture=ARCHITECTURE, activations=activations, loss_chunk=256, lora=lora)
     sparsify(module.model, given.law.budget, block=16, tile=16)
     with FlopCounterMode(display=False) as counter:
         module.token_loss(_batch(1024))[0].backward()

@@ -1,8 +1,9 @@
 """Real DeepSpeed engines on two gloo ranks, measured.
 
 Run as a script with cases as JSON ({stage, half, accumulate, offload_optimizer,
-offload_parameters}), it prints the size of the model and for each case the most bytes that were
-alive in the last backward before an optimizer step, of everything that the engine has.
+offload_parameters, frozen: half of the layers}), it prints the size of the model and for each case
+the most bytes that were alive in the last backward before an optimizer step, of everything that the
+engine has.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def _measure(case: dict[str, Any]) -> int:
     gc.collect()
     with LiveBytes() as live:
         model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+        if case.get("frozen"):
+            model[: LAYERS // 2].requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(
             config=config,
             model=model,
-            model_parameters=list(model.parameters()),
-            optimizer=torch.optim.AdamW(model.parameters()),
+            model_parameters=trained,
+            optimizer=torch.optim.AdamW(trained),
             dist_init_required=False,
         )
         dtype = torch.bfloat16 if case["half"] else torch.float32
