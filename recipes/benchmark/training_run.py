@@ -27,6 +27,7 @@ from lit_sparse.recipes.benchmark.training import (
 )
 from lit_sparse.recipes.estimate.compute import Work, work
 from lit_sparse.recipes.estimate.gpus import Gpu
+from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.model import read_model
 from lit_sparse.recipes.estimate.step import Recipe
 
@@ -141,8 +142,8 @@ class StepBenchmark:
         return work(
             self.model,
             recipe,
-            {task.budget: task.layers},
-            lambda budget: make_plan(bounds, bounds, budget, task.block, tile),
+            {Keeps(task.budget): task.layers},
+            lambda keeps: make_plan(bounds, bounds, keeps.budget, task.block, tile),
             rows=1,
         )
 
