@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lit_sparse.distributed import Ranks, ranks_of
 from lit_sparse.distributed.gradients import engine_of
 from lit_sparse.models import dense_attention, find_documents
+from lit_sparse.models.head import language_head
 
 IGNORED = -100
 _BUCKETS = 48
@@ -113,7 +114,7 @@ class DenseComparison:
             sparse, dense = (x.flatten(0, 1)[places] for x in (sparse, dense))
             step = max(_LOGITS // model.config.vocab_size, 1)
             pieces = -(-_most(trainer, len(places)) // step)
-            head = model.get_output_embeddings()
+            head = language_head(model)
             found = compare(sparse, dense, head, targets, max(pieces, 1)).cpu().double()
         self._add(found, tokens)
 
@@ -162,7 +163,7 @@ def compare(sparse: Tensor, dense: Tensor, head: Any, targets: Tensor, pieces: i
 
     Args:
         sparse, dense: [T, D], last hidden states.
-        head: the output embeddings.
+        head: of the language model, [N, D] -> logits [N, vocabulary].
         targets: int64 [T].
         pieces: in which the tokens go through the head, so many that the logits of one have room.
     """

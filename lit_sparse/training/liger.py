@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.models.head import CappedHead
 from lit_sparse.training.loss import IGNORED, differentiable
 
 
@@ -41,7 +42,7 @@ def liger_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tens
 
     Args:
         hidden: [..., D], last hidden states, on CUDA.
-        head: the language-model head, a linear layer.
+        head: the language-model head, a linear layer, with a cap of its logits or without.
         labels: int64 [...]; -100 is not counted.
 
     Raises:
@@ -49,6 +50,9 @@ def liger_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tens
         NotImplementedError: a head that is more than a linear layer, such as an adapter's.
     """
     require_liger("model.loss: liger", hidden.is_cuda)
+    cap = None
+    if isinstance(head, CappedHead):
+        head, cap = head.head, head.cap
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     if not isinstance(head, nn.Linear):
@@ -56,7 +60,7 @@ def liger_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tens
             f"model.loss: liger takes a head that is a linear layer, got {type(head).__name__}: "
             "use model.loss: chunked"
         )
-    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", softcap=cap)
     rows, targets = differentiable(hidden.flatten(0, -2), head.parameters()), labels.flatten()
 
     def forward(rows: Tensor) -> Tensor:

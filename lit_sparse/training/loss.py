@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from lit_sparse.models.head import language_head
 
 IGNORED = -100
 
@@ -51,7 +53,7 @@ def summed_loss(
         float32 scalar; 0, connected to `hidden`, if nothing is counted. It may be scaled: the
         gradients of the head follow.
     """
-    head = cast(Any, model).get_output_embeddings()
+    head = language_head(model)
     if kind == "liger":
         from lit_sparse.training.liger import liger_cross_entropy
 
@@ -59,7 +61,8 @@ def summed_loss(
     if kind == "tiled":
         from lit_sparse.training.tiled import tiled_cross_entropy
 
-        tied = head.weight is cast(Any, model).get_input_embeddings().weight
+        own: Any = model
+        tied = own.get_output_embeddings().weight is own.get_input_embeddings().weight
         return tiled_cross_entropy(hidden, head, labels, chunk, tied)
     return chunked_cross_entropy(hidden, head, labels, chunk)
 

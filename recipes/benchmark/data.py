@@ -235,6 +235,7 @@ def _model_rate(config: Report, data: Any) -> float:
     """Tokens/s of forward, backward and optimizer step of the quickstart's model."""
     from lit_sparse import Budget, sparsify
     from lit_sparse.models import build_model
+    from lit_sparse.models.head import language_head
     from lit_sparse.training.loss import chunked_cross_entropy
 
     torch.manual_seed(SEED)
@@ -248,7 +249,7 @@ def _model_rate(config: Report, data: Any) -> float:
         hidden = model.base_model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).last_hidden_state
-        loss = chunked_cross_entropy(hidden, model.get_output_embeddings(), batch["labels"])
+        loss = chunked_cross_entropy(hidden, language_head(model), batch["labels"])
         (loss / batch["step_tokens"]).backward()
         optimizer.step()
         optimizer.zero_grad()

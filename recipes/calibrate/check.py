@@ -19,6 +19,7 @@ from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
 from lit_sparse.data import CommonWord, Passkey
 from lit_sparse.models import Law, dense_attention, observe, sparsify
+from lit_sparse.models.head import language_head
 from lit_sparse.recipes.calibrate.measure import Progress, Subject, late_rows, late_start
 from lit_sparse.training.loss import chunked_cross_entropy
 
@@ -252,7 +253,7 @@ def _p95(values: Tensor) -> float:
 def _loss(model: Any, hidden: Tensor, tokens: Tensor, first: int) -> float:
     """Nats per token from `first` on."""
     labels = tokens[:, first:].to(hidden.device)
-    head = model.get_output_embeddings()
+    head = language_head(model)
     total = chunked_cross_entropy(hidden[:, first - 1 : -1], head, labels)
     return float(total) / labels.numel()
 
@@ -283,7 +284,7 @@ def _tasks(
 
 def _answers(subject: Subject, ids: np.ndarray, start: int, answers: np.ndarray) -> Answers:
     right, loss = 0, 0.0
-    head = subject.model.get_output_embeddings()
+    head = language_head(subject.model)
     for prompt, answer in zip(torch.from_numpy(ids), torch.from_numpy(answers), strict=True):
         hidden = subject.forward(prompt[None])
         logits = head(hidden[0, start - 1 : -1]).float().cpu()

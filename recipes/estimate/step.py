@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse.attention.plan import Plan
+from lit_sparse.models.head import capped
 from lit_sparse.models.lora import add_lora
 from lit_sparse.recipes.estimate.attention import Counted, count_attention
 from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
@@ -120,7 +121,7 @@ def _chunked_bytes(model: Model, recipe: Recipe, tokens: int) -> int:
         labels = torch.zeros(tokens, dtype=torch.int64)
         with LiveBytes("logits") as live:
             with _autocast(recipe):
-                loss = cross_entropy(hidden, head, labels, recipe.loss_chunk)
+                loss = cross_entropy(hidden, capped(head, model.config), labels, recipe.loss_chunk)
             loss.backward()
     return live.peak.total()
 

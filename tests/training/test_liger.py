@@ -33,8 +33,13 @@ def _rsqrt(x):
     return 1 / tl.sqrt(x)
 
 
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
 def _complete_the_interpreter(monkeypatch):
-    """Triton's interpreter lacks two things that Liger's RMSNorm and SwiGLU use."""
+    """Triton's interpreter lacks what Liger's RMSNorm, SwiGLU and capped loss use."""
     convert = interpreter._implicit_cvt
 
     def with_floats(argument):
@@ -45,8 +50,9 @@ def _complete_the_interpreter(monkeypatch):
         return tl.tensor(handle, tl.float32)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-    # Liger takes that of CUDA's libdevice.
+    # Liger takes those of CUDA's libdevice.
     monkeypatch.setattr(sys.modules["liger_kernel.ops.rms_norm"], "rsqrt", _rsqrt)
+    monkeypatch.setattr(sys.modules["liger_kernel.ops.cross_entropy"], "tanh", _tanh)
 
 
 @pytest.fixture
@@ -90,6 +96,11 @@ class TestInterpreted:
         model = tiny(tie_word_embeddings=tied)
         plain = train(model, row, scale=scale)
         assert_same(train(model, row, LOSS, scale), plain)
+
+    def test_loss_of_capped_logits(self, tiny, row, train, assert_same):
+        model = tiny("gemma2", head_dim=8, final_logit_softcapping=2.0)
+        plain = train(model, row, partial(summed_loss, kind="chunked"))
+        assert_same(train(model, row, LOSS), plain, tolerance=1e-5)
 
     @pytest.mark.parametrize("learns", ["lm_head", "model."])
     def test_parts_that_are_frozen(self, tiny, row, train, assert_same, learns):

@@ -31,6 +31,23 @@ def test_a_factor_reaches_all_gradients(tiny, row, train, assert_same, loss):
     assert_same(train(tiny(), row, loss, scale=2.0**10), plain)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_capped_logits(tiny, row, train, assert_same, loss, tied):
+    """Gemma 2's final soft cap is no part of the output embeddings."""
+
+    def own(model, hidden, labels):
+        # As transformers itself has it; its labels are not shifted yet.
+        with_loss = model(row["input_ids"], position_ids=row["position_ids"], labels=labels.roll(1))
+        return with_loss.loss * (labels.roll(1)[:, 1:] >= 0).sum()
+
+    row["labels"][0, -1] = -100
+    model = tiny("gemma2", head_dim=8, final_logit_softcapping=0.5, tie_word_embeddings=tied)
+    plain = train(model, row, own)
+    assert_same(train(model, row, loss), plain, tolerance=1e-5)
+    model.config.final_logit_softcapping = None
+    assert train(model, row, loss)[0] > 1.1 * plain[0], "it matters"
+
+
 @pytest.mark.parametrize("learns", ["lm_head", "model.", "embed_tokens"])
 def test_parts_that_are_frozen(tiny, row, train, assert_same, loss, learns):
     model = tiny()
