@@ -18,12 +18,24 @@ Loss = Literal["chunked", "tiled", "liger"]
 """How the logits of a whole row are avoided."""
 
 
-def check_loss(kind: str) -> None:
+def check_loss(kind: str, config: Any = None) -> None:
     """Refuse, before any work, a loss that is not known or that this machine cannot compute.
 
+    Args:
+        kind: the setting.
+        config: of the transformers model.
+
     Raises:
-        ValueError: another name, a library or a GPU that is missing.
+        ValueError: another name, a library or a GPU that is missing, or a config that asks for more
+            than cross entropy.
     """
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "the model's config has output_router_logits: true, by which transformers adds a loss "
+            "that balances experts; model.loss is cross entropy alone and would leave it out: set "
+            "output_router_logits: false in the config.json of model.pretrained, or in "
+            "model.architecture"
+        )
     if kind not in get_args(Loss):
         raise ValueError(f"model.loss must be one of {', '.join(get_args(Loss))}, got {kind!r}")
     if kind == "tiled":

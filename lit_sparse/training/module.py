@@ -109,7 +109,7 @@ class SparseLM(LightningModule):
             if not holds:
                 raise ValueError(f"model.{key} is out of its range: {value}")
         check_source(pretrained, architecture, trust_remote_code)
-        check_loss(loss)
+        check_loss(loss, model_config(pretrained, architecture, trust_remote_code))
         if compile:
             check_compilation(liger_kernels, tiled_mlp)
         if isinstance(lora, Mapping):  # of a checkpoint, which holds plain types only
@@ -286,7 +286,8 @@ class SparseLM(LightningModule):
         check_adapters(checkpoint.get("lit_sparse") or {}, self)
 
     def adamw(self, fused: bool | None = None) -> AdamW:
-        """The optimizer of all weights that train: matrices decay, vectors and embeddings do not.
+        """The optimizer of all weights that train: matrices decay, vectors, biases and embeddings
+        do not.
 
         Args:
             fused: of AdamW; None: PyTorch chooses.
@@ -294,9 +295,11 @@ class SparseLM(LightningModule):
         embeddings = {id(self.model.get_input_embeddings().weight)}
         decay: list[Tensor] = []
         keep: list[Tensor] = []
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
+                # Those of gpt-oss's experts are stacked: [experts, features].
+                matrix = matrix and not name.endswith("bias")
                 (decay if matrix else keep).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.hparams["weight_decay"]},

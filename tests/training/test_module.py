@@ -154,6 +154,35 @@ def test_vectors_and_embeddings_do_not_decay(architecture, corpus):
     assert all("proj" in names[id(p)] or "lm_head" in names[id(p)] for p in decay["params"])
 
 
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def test_stacked_biases_do_not_decay():
+    module = SparseLM(architecture=GPT_OSS)
+    names = {id(p): name for name, p in module.named_parameters()}
+    decay, keep = ({names[id(p)] for p in g["params"]} for g in module.adamw().param_groups)
+    assert "model.model.layers.0.mlp.experts.gate_up_proj" in decay
+    assert "model.model.layers.0.mlp.experts.gate_up_proj_bias" in keep
+
+
+def test_a_loss_of_routers_is_refused():
+    with pytest.raises(ValueError, match=r"would leave it out: set output_router_logits: false"):
+        SparseLM(architecture={**GPT_OSS, "output_router_logits": True})
+
+
 def test_validation_is_by_tokens_in_bits_per_byte(architecture, corpus):
     module = SparseLM(architecture=architecture)
     data = _data(corpus, steps=1, validation_fraction=0.3)
