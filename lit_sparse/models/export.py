@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_sparse.files import publish, remove, sync
 from lit_sparse.models.card import CardFacts, Training, is_own_card, model_card
+from lit_sparse.models.published import published
 from lit_sparse.models.serving import context_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def write_model(
     on_disk: Callable[[Callable[[], None]], None] = lambda action: action(),
     shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, in the names of
+    `save_pretrained`.
 
     It appears whole or not at all; one that is there is replaced. Where several ranks hold the
     weights, all of them call this.
@@ -67,7 +69,8 @@ def write_model(
         directory: where to.
         weights: name -> a tensor, on the meta device, of the shape and dtype to be stored.
         read: gives the values by name, on the CPU, on the rank that writes. Called with all names,
-            one file of `shard_size` after the other, in the same order on all ranks.
+            one file of `shard_size` after the other, in the same order on all ranks. A tensor whose
+            parts are stored apart may be read again for the next file.
         tokenizer: written besides; it gives a new model's generation config its special tokens.
         training: what the model card, README.md, says about it; None writes no card. A README.md of
             the user's own that is there stays, and the card is MODEL_CARD.md.
@@ -87,7 +90,12 @@ def write_model(
             _write_card(unfinished, directory, model_card(facts))
 
     write_tensors(
-        directory, weights, read, write_others, stem="model", on_disk=on_disk, shard_size=shard_size
+        directory,
+        *published(model, weights, read),
+        write_others,
+        stem="model",
+        on_disk=on_disk,
+        shard_size=shard_size,
     )
 
 

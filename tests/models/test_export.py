@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -36,6 +37,27 @@ def test_is_what_save_pretrained_writes(kind, tiny, tmp_path, tied):
             assert json.loads(ours.read_text())["weight_map"] == index["weight_map"]
         else:
             assert ours.read_text() == theirs.read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 32}),
+    ],
+)
+def test_experts_are_written_one_by_one(family, config, tmp_path):
+    """As others read them, vLLM for one: transformers stacks them where it loads them."""
+    model = build(family, num_experts_per_tok=2, **config)
+    held = stored_tensors(model)
+    read = []
+    _write(model, tmp_path / "ours", read=lambda n: (read.append(n), held[n].detach())[1])
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("ours", "theirs"))
+    assert any(".experts.3." in name for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert sorted(read) == sorted(held), "each stack is read once"
 
 
 def test_another_dtype(tiny, tmp_path):
