@@ -157,7 +157,8 @@ def _law(law: Law, config: Mapping[str, Any], context: int) -> str:
     if law.layers:
         own = [(str(layer), _budget(other)) for layer, other in law.layers.items()]
         text += f"\n\nLayers with a law of their own:\n\n{_table(('layer', 'law'), own)}"
-    if window := config.get("sliding_window"):
+    window = config.get("sliding_window")
+    if window and window < config["max_position_embeddings"]:  # see window_of
         kinds = config.get("layer_types") or [None] * config["num_hidden_layers"]
         near = ", ".join(str(layer) for layer, kind in enumerate(kinds) if kind != FULL)
         if near:

@@ -156,12 +156,17 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
     config = _config(model)
     config.rope_parameters = trial.rope_parameters
     config.max_position_embeddings = positions
+    if hasattr(trial, "head_dim"):
+        config.head_dim = trial.head_dim
     if hasattr(trial, _ORIGINAL):
         config.original_max_position_embeddings = trial.original_max_position_embeddings
     _install(model, rotary)
 
 
 def _assign(config: Any, parameters: Mapping[str, Any], positions: int) -> None:
+    if getattr(config, "head_dim", 0) is None:
+        # Mixtral's config leaves it open, and transformers 5.23 cannot compute YaRN from that.
+        config.head_dim = config.hidden_size // config.num_attention_heads
     own = copy.deepcopy(dict(parameters))
     nested = is_nested(config.rope_parameters)
     if nested and own.get("truncate") is False:

@@ -34,6 +34,16 @@ def frozen_dtype(strategy: Any) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
 
+def check_liger_head(model: nn.Module) -> None:
+    """ValueError where adapters make the head more than the one matrix that Liger's loss takes."""
+    if not isinstance(cast(Any, model).get_output_embeddings(), nn.Linear):
+        raise ValueError(
+            "model.loss: liger computes the head and the loss at once, from one matrix, and "
+            "model.lora.targets gives the head an adapter: take it out there, or set model.loss: "
+            "chunked"
+        )
+
+
 def check_tiled_dropout(model: nn.Module, tiled_mlp: bool, tiled_loss: bool) -> None:
     """Refuse dropout in adapters that DeepSpeed's tiled computations run twice.
 

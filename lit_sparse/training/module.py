@@ -28,7 +28,7 @@ from lit_sparse.models.adapter_checkpoints import check_adapters, left_out
 from lit_sparse.models.base_weights import Base
 from lit_sparse.models.lora import LoRA, add_lora
 from lit_sparse.training.activations import Activations, set_activations
-from lit_sparse.training.adapters import check_tiled_dropout, frozen_dtype
+from lit_sparse.training.adapters import check_liger_head, check_tiled_dropout, frozen_dtype
 from lit_sparse.training.compilation import check_compilation, check_compiler, compile_layers
 from lit_sparse.training.curriculum import find_curriculum
 from lit_sparse.training.liger import use_liger_kernels
@@ -149,6 +149,8 @@ class SparseLM(LightningModule):
             tile_mlps(model, options["tiled_mlp"])
         if lora is not None:
             add_lora(model, LoRA(**lora), None if pretrained is None else Base.of(pretrained))
+            if options["loss"] == "liger":
+                check_liger_head(model)
             if lora["dropout"]:
                 check_tiled_dropout(model, bool(options["tiled_mlp"]), options["loss"] == "tiled")
         set_activations(model, options["activations"])

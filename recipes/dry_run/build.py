@@ -59,9 +59,13 @@ class Build(QuietCLI):
             check_source(model.pretrained, model.architecture, model.trust_remote_code)
             found = pretrained_config(model.pretrained, model.trust_remote_code)
             model.pretrained, model.architecture = None, found.to_diff_dict()
-        if model.liger_kernels and not torch.cuda.is_available():
-            model.liger_kernels = False
-            self.unchecked.append("model.liger_kernels needs a GPU to be tried")
+        if not torch.cuda.is_available():
+            if model.liger_kernels:
+                model.liger_kernels = False
+                self.unchecked.append("model.liger_kernels needs a GPU to be tried")
+            if model.loss == "liger":
+                model.loss = "chunked"
+                self.unchecked.append("model.loss: liger needs a GPU to be tried")
         for key in ("offload_optimizer", "offload_parameters"):
             options = getattr(strategy, "init_args", {})
             if options.get(key) == "nvme":

@@ -114,9 +114,6 @@ def _stages(build: Build) -> list[str]:
 
 def _rope(parameters: Mapping[str, Any]) -> str:
     """The type, and what of its numbers tells most."""
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    if nested:
-        parameters = parameters.get("full_attention", nested[0])
     factor = parameters.get("factor")
     what = f"theta {parameters['rope_theta']:g}" if factor is None else f"factor {factor:g}"
     return f"{parameters['rope_type']}, {what}"
@@ -192,7 +189,8 @@ def _files(build: Build) -> list[str]:
     there = [type(callback) for callback in build.trainer.callbacks]  # type: ignore[attr-defined]
     written = ["config.yaml", "TensorBoard events", size]
     written += ["stages.json"] * (StageReport in there)
-    written += ["huggingface/"] * (HuggingFaceExport in there)
+    if HuggingFaceExport in there:
+        written += ["huggingface/"] + ["adapter/"] * (build.settings.model.lora is not None)
     return [f"{build.run.path}: {', '.join(written)}"]
 
 

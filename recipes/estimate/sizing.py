@@ -121,7 +121,8 @@ def remedies(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, Memory]]:
     """
     for what, change in _CHANGES.items():
         changed = replace(settings, **change)
-        if changed != settings:
+        tiles_experts = changed.tiled_mlp is not None and settings.model.experts is not None
+        if changed != settings and not tiles_experts:
             found = smallest(Sizing(changed).up_to(settings.gpus), gpu)
             if found is not None:
                 yield what, found

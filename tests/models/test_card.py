@@ -87,12 +87,15 @@ def test_base_model(tiny):
 
 
 def test_sliding_layers_and_a_logarithmic_law(tiny):
-    model = tiny("gemma3_text")
+    model = tiny("gemma3_text", sliding_window=24)
     model.config.sparse_attention = {"budget": Budget.log(20.0).to_dict()}
     text = card(model)
     assert "alpha * ln(n)" in text
     assert "| C |" not in text
     assert "Layers 0 keep the model's sliding window" in text
+    # Phi-3 for 128k: a window that reaches further than the model is none.
+    model.config.sliding_window = model.config.max_position_embeddings
+    assert "sliding window" not in card(model)
 
 
 def test_where_vllm_differs(tiny):

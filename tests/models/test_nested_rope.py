@@ -1,5 +1,6 @@
-"""Families whose RoPE is written otherwise: Gemma 3, Phi-3, gpt-oss."""
+"""Families whose RoPE is written otherwise: Gemma 3, Phi-3, gpt-oss, Mixtral."""
 
+import copy
 import logging
 
 import pytest
@@ -8,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_sparse.models import (
     RopeOrigin,
+    architecture_keys,
     extend_context,
+    other_architecture,
     rebuild_rope,
     restore_frequencies,
     rope_parameters,
@@ -140,3 +143,16 @@ def test_gpt_oss_goes_on_from_its_yarn(tiny, tmp_path):
     assert rope_parameters(model) == {**loaded, "factor": 64.0}
     assert model.config.max_position_embeddings == 262144
     assert torch.equal(frequencies(saved(model, tmp_path))[0], frequencies(model)[0])
+
+
+def test_mixtral_leaves_the_size_of_a_head_open(tiny, tmp_path):
+    """YaRN of transformers asks for it, in a loaded export too."""
+    model = tiny("mixtral", num_local_experts=2)
+    before = copy.deepcopy(model.config)
+    assert before.head_dim is None
+    extend_context(model, [(LENGTH, {"rule": "yarn"})])
+    assert torch.equal(frequencies(saved(model, tmp_path))[0], frequencies(model)[0])
+    # A run goes on from its checkpoint.
+    assert other_architecture(model.config, before, architecture_keys(before)) is None
+    before.head_dim = 32
+    assert "head_dim" in other_architecture(model.config, before, architecture_keys(before))

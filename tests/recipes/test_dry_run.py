@@ -1,6 +1,7 @@
 """`lit-sparse fit --dry-run`: each shipped config is whole, and what is wrong is one line."""
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,6 +100,16 @@ def test_a_directory_and_a_store_are_looked_at(config, tmp_path, architecture, c
     assert "fit would not start now: run.name: runs/small already holds a run" in printed
     wide = _dry_run(capsys, *arguments, "--model.architecture.head_dim", "512")
     assert "memory not known: the memory of attention is that of the Triton kernels, which" in wide
+
+
+def test_what_needs_a_gpu_is_planned_without_one(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ["--model.loss", "liger", "--model.liger_kernels", "true"]
+    printed = _dry_run(capsys, "--config", config, *arguments)
+    assert "loss: liger" in printed
+    assert "model.loss: liger needs a GPU to be tried" in printed
+    assert "model.liger_kernels needs a GPU to be tried" in printed
 
 
 BAD = [

@@ -18,7 +18,7 @@ from lit_sparse.models import build_model
 from lit_sparse.models.lora import LoRA, add_lora
 from lit_sparse.training import Curriculum, SparseLM, Stage
 from lit_sparse.training.activations import set_activations
-from lit_sparse.training.adapters import check_tiled_dropout
+from lit_sparse.training.adapters import check_liger_head, check_tiled_dropout
 from lit_sparse.training.loss import summed_loss
 from lit_sparse.training.tiled import tile_mlps
 
@@ -66,6 +66,14 @@ def test_recomputed_layers_drop_the_same_inputs(tiny, row, train, assert_same):
     with pytest.raises(ValueError, match=r"model\.lora\.dropout with model\.tiled_mlp: the backw"):
         check_tiled_dropout(model, tiled_mlp=True, tiled_loss=True)
     check_tiled_dropout(model, tiled_mlp=False, tiled_loss=True)
+
+
+def test_ligers_loss_takes_no_adapted_head(tiny):
+    check_liger_head(add_lora(tiny(), LoRA(rank=2, targets="all-linear")))
+    with pytest.raises(
+        ValueError, match=r"model\.loss: liger .* model\.lora\.targets gives the hea"
+    ):
+        check_liger_head(add_lora(tiny(), LoRA(rank=2, targets=["q_proj", "lm_head"])))
 
 
 # -- runs --

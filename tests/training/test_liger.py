@@ -26,6 +26,14 @@ DEVICE = "cuda" if GPU else "cpu"
 LOSS = partial(summed_loss, kind="liger")
 ADAPTERS = LoRA(rank=2, targets="all-linear", train_norms=True)
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
+FULL = {"layer_types": ["full_attention"]}
+OTHERS = {
+    "gemma2": {"head_dim": 8, **FULL},
+    "gemma3": {"head_dim": 8, **FULL},
+    "phi3": {},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **FULL},
+}
+"""Families and what their tiny models need. Experts that Liger replaces run on a GPU alone."""
 
 
 @triton.jit
@@ -39,7 +47,7 @@ def _tanh(x):
 
 
 def _complete_the_interpreter(monkeypatch):
-    """Triton's interpreter lacks what Liger's RMSNorm, SwiGLU and capped loss use."""
+    """Triton's interpreter lacks what Liger's RMSNorm, SwiGLU, GeGLU and capped loss use."""
     convert = interpreter._implicit_cvt
 
     def with_floats(argument):
@@ -52,14 +60,15 @@ def _complete_the_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
     # Liger takes those of CUDA's libdevice.
     monkeypatch.setattr(sys.modules["liger_kernel.ops.rms_norm"], "rsqrt", _rsqrt)
-    monkeypatch.setattr(sys.modules["liger_kernel.ops.cross_entropy"], "tanh", _tanh)
+    for name in ("cross_entropy", "geglu"):
+        monkeypatch.setattr(sys.modules[f"liger_kernel.ops.{name}"], "tanh", _tanh)
 
 
 @pytest.fixture
 def liger(monkeypatch):
     """Liger where its kernels run; what it changes of transformers is undone."""
     pytest.importorskip("liger_kernel.transformers")
-    for kind in KINDS:
+    for kind in (*KINDS, *OTHERS):
         modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
         for name in list(vars(modeling)):
             if name.endswith(("RMSNorm", "MLP")) or name == "apply_rotary_pos_emb":
@@ -80,8 +89,8 @@ def few(row):
 def small(tiny):
     """A model of one layer that drops keys of so few tokens."""
 
-    def build(kind="llama"):
-        model = tiny(kind, num_hidden_layers=1)
+    def build(kind="llama", **config):
+        model = tiny(kind, num_hidden_layers=1, **config)
         return sparsify(model, Budget.fixed(8, sink=2, local=0.0), block=2, tile=2)
 
     return build
@@ -139,6 +148,14 @@ class TestInterpreted:
         set_rope(model, **changed)
         assert_same(train(model, few), plain, tolerance=5e-6)
         assert is_sparse(model)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", OTHERS)
+    def test_kernels_of_other_families(self, small, few, train, assert_same, kind):
+        model = small("gemma3_text" if kind == "gemma3" else kind, **OTHERS[kind])
+        plain = train(model, few)
+        use_liger_kernels(model)
+        assert_same(train(model, few), plain, tolerance=1e-5)
 
     def test_all_of_it_together(self, small, few, train, assert_same):
         pytest.importorskip("deepspeed")

@@ -85,6 +85,14 @@ def test_under_autocast(tiny, row, train, assert_same):
     assert_same(autocast(model), plain)
 
 
+def test_experts_are_refused(tiny):
+    model = tiny("mixtral", num_local_experts=2)
+    with pytest.raises(
+        NotImplementedError, match=r"mixtral.* experts.*: set model.tiled_mlp: null"
+    ):
+        tile_mlps(model, 2)
+
+
 def test_a_copy_is_of_its_own(tiny, row, train, assert_same):
     model = tiny()
     tile_mlps(model, 3)
