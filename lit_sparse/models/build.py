@@ -82,6 +82,14 @@ def model_config(
             raise ValueError("set model.pretrained or model.architecture")
         return expected
     config = pretrained_config(pretrained, trust_remote_code)
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"model.pretrained: {pretrained} holds quantised weights ({method}), which no "
+            "optimizer can change and no export can write: save plain ones first (of gpt-oss: "
+            "AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config("
+            "dequantize=True)).save_pretrained(NEW))"
+        )
     if architecture is not None and expected is not None:
         named = [key for key in architecture_keys(expected) if key in architecture]
         keys = [key for key in named if key != "vocab_size"]

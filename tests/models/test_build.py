@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from lit_sparse.models import build_model
+from lit_sparse.models import build_model, check_source
 
 TINY = {
     "vocab_size": 97,
@@ -91,6 +91,15 @@ def test_code_of_a_directory_runs_where_it_is_trusted_only(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"not run: set model\.trust_remote_code: true if"):
         build_model(directory)
     assert type(build_model(directory, trust_remote_code=True)).__name__ == "OddForCausalLM"
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    build_model(architecture={"model_type": "llama", **TINY}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model\.pretrained: .* quantised weights \(mxfp4\)"):
+        check_source(tmp_path)
 
 
 def test_directory_without_a_model(tmp_path):
