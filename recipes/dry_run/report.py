@@ -193,6 +193,8 @@ def _files(build: Build) -> list[str]:
     written = ["config.yaml", "TensorBoard events", size]
     written += ["stages.json"] * (StageReport in there)
     written += ["huggingface/"] * (HuggingFaceExport in there)
+    adapters = build.settings.model.lora is not None
+    written += ["adapter/"] * (HuggingFaceExport in there and adapters)
     return [f"{build.run.path}: {', '.join(written)}"]
 
 
