@@ -49,6 +49,12 @@ class HuggingFaceExport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = False
         for model, place, adapter_place in self._places(trainer, pl_module):
+            if adapted(model) is None and hasattr(model, "peft_config"):
+                raise ValueError(
+                    f"HuggingFaceExport merges adapters of lit_sparse.models.lora.add_lora, and "
+                    f"this {type(model).__name__} has others: make them with add_lora, or leave "
+                    "HuggingFaceExport out and save them by peft"
+                )
             key = "directory"
             try:
                 check_replaceable(place)

@@ -38,7 +38,7 @@ class LoRA:
 
     Args:
         rank: rows of A [rank, in] and columns of B [out, rank]. B starts at 0.
-        alpha: see above: with it fixed, a higher rank needs no other learning rate.
+        alpha: see above; while it stays, another rank hardly needs another learning rate.
         dropout: of the input of A, in training.
         targets: last parts of the names of the linear layers to adapt, e.g. [q_proj, v_proj];
             "all-linear" for all but the head; None for `PROJECTIONS`.
@@ -94,8 +94,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA, base: Base | None = None) -> Pr
 
     The adapters are drawn from the seed of torch's global generator, not from its state, which
     stays: ranks that have loaded their weights in different ways have the same ones. What trains is
-    float32 whatever the other weights are, since steps of a usual learning rate vanish in the
-    rounding of bfloat16; but in a model that ZeRO 3 has sharded, which has one dtype, and whose
+    float32 whatever the other weights are, since small steps are lost to the rounding of
+    bfloat16; but in a model that ZeRO 3 has sharded, which has one dtype, and whose
     optimizer keeps float32 copies. Norms and embeddings in float32 amid bfloat16 run under autocast
     only.
 

@@ -27,7 +27,7 @@ def frozen_dtype(strategy: Any) -> torch.dtype:
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision: {precision} would train the adapters of model.lora in half "
-            "precision, in which most of their small steps are lost to rounding: set bf16-mixed, "
+            "precision, in which small steps are lost to rounding: set bf16-mixed, "
             "where the frozen weights are bfloat16 and the adapters float32 (deepspeed_sparse "
             "takes bf16-true: its optimizer keeps float32 copies)"
         )

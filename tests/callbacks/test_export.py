@@ -1,5 +1,6 @@
 """What HuggingFaceExport leaves behind, and what it does not overwrite."""
 
+import peft
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -60,6 +61,13 @@ def test_what_is_no_model_is_refused_before_training(architecture, tmp_path):
     with pytest.raises(ValueError, match=r"HuggingFaceExport.directory: .*teacher is there, and"):
         trainer.fit(module, _batches())
     assert trainer.global_step == 0
+
+
+def test_adapters_that_it_cannot_merge_are_refused(architecture, tmp_path):
+    module = TwoModels(architecture)
+    peft.get_peft_model(module.students[0], peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merges adapters of lit_sparse.models.lora.add_lora, and"):
+        _trainer(tmp_path, HuggingFaceExport()).fit(module, _batches())
 
 
 def test_a_trial_run_leaves_nothing(architecture, tmp_path):

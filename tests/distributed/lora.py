@@ -19,7 +19,13 @@ from parity import Rows, plugin
 from pytorch_lightning import Callback, Trainer
 from resume import Steps
 
-from lit_sparse.callbacks import HuggingFaceExport, RunCheckpoint, StepSeed
+from lit_sparse.callbacks import (
+    CollapseMonitor,
+    FiniteGuard,
+    HuggingFaceExport,
+    RunCheckpoint,
+    StepSeed,
+)
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.distributed.gradients import gradients_are_whole
 from lit_sparse.distributed.weights import whole_tensor
@@ -107,7 +113,15 @@ def fit(about: dict[str, Any], out: Path, start: Path | None = None, lora: LoRA 
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=out,
-        callbacks=[plugin(), StepSeed(1), watch, RunCheckpoint(1), HuggingFaceExport()],
+        callbacks=[
+            plugin(),
+            StepSeed(1),
+            watch,
+            FiniteGuard(),
+            CollapseMonitor(every_n_steps=1),
+            RunCheckpoint(1),
+            HuggingFaceExport(),
+        ],
     )
     module = Started(
         pretrained=str(out.parents[bool(start)] / "qwen3"),

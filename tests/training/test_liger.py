@@ -1,5 +1,6 @@
 """Liger's kernels: gradients stay. In Triton's interpreter (tests/conftest.py), or on a GPU."""
 
+import copy
 import importlib
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ from triton.runtime import interpreter
 
 from lit_sparse import Budget, sparsify, unsparsify
 from lit_sparse.models import is_sparse, set_rope
+from lit_sparse.models.lora import LoRA, add_lora
 from lit_sparse.training import SparseLM
 from lit_sparse.training.activations import set_activations
 from lit_sparse.training.liger import use_liger_kernels
@@ -22,6 +24,7 @@ from lit_sparse.training.tiled import tile_mlps
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 LOSS = partial(summed_loss, kind="liger")
+ADAPTERS = LoRA(rank=2, targets="all-linear", train_norms=True)
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -134,6 +137,17 @@ class TestInterpreted:
         tile_mlps(model, 3)
         set_activations(model, "offload")
         assert_same(train(model, few, LOSS), plain, tolerance=5e-6)
+
+    @pytest.mark.slow
+    def test_adapters(self, small, few, train, assert_same):
+        model = small()
+        plain = add_lora(copy.deepcopy(model), ADAPTERS)
+        use_liger_kernels(model)
+        add_lora(model, ADAPTERS)
+        for name, weight in [*plain.named_parameters(), *model.named_parameters()]:
+            if ".lora_B." in name:
+                weight.data = torch.linspace(-0.5, 0.5, weight.numel()).view(weight.shape)
+        assert_same(train(model, few, LOSS), train(plain, few), tolerance=1e-5)
 
 
 @pytest.mark.gpu
