@@ -80,8 +80,8 @@ def windows_everywhere(model: nn.Module) -> str:
     return (
         f"every layer of this {type(model).__name__} has a sliding window "
         f"(config.sliding_window={window_of(model, 0)}), which it keeps: none obeys the law, and "
-        "nothing can be sparser or measured. Load the model with sliding_window=None to let its "
-        "layers see the whole context"
+        "nothing can be sparser or measured. Load the model with sliding_window=None (null in its "
+        "config.json) to let its layers see the whole context"
     )
 
 

@@ -89,14 +89,14 @@ def brute_force(runs, data_ranks):
     share = runs.ROWS // data_ranks
     for rank, row in enumerate(runs.rows(2)[:data_ranks]):
 
-        def look(layer, q, k, v, out, lse, selection, scale, documents, rank=rank):
+        def look(layer, q, k, v, out, lse, selection, options, documents, rank=rank):
             draw = torch.Generator().manual_seed(seed_of(0, 0, rank))
             rows = sample_rows(selection.plan, share, draw, 16)
             keys, values = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
             ends = torch.tensor(documents.cu_seqlens[1:])
             document = torch.bucketize(torch.arange(len(q)), ends, right=True)
             visible = (document[:, None] == document).tril()
-            logits = scale * q.transpose(0, 1).double() @ keys.transpose(1, 2).double()
+            logits = options.scale * q.transpose(0, 1).double() @ keys.transpose(1, 2).double()
             p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
             kept = selection.to_mask().repeat_interleave(2, 0)
             dense = (p @ values.double()).transpose(0, 1)

@@ -163,16 +163,16 @@ def features(model: Any) -> dict[str, str]:
     rope = model.config.rope_parameters
     nested = "rope_type" not in rope
     types = {own["rope_type"] for own in (rope.values() if nested else [rope])}
-    parts = [", ".join(sorted(types))]
-    parts += ["by kind of layer"] * nested
-    parts += ["part of the head"] * (not nested and rope.get("partial_rotary_factor", 1.0) < 1)
+    note = " (one for each kind of layer)" * nested
+    if not nested and rope.get("partial_rotary_factor", 1.0) < 1:
+        note = " (of part of the head)"
     return {
         "query heads a key-value head": str(attention.num_key_value_groups),
         "QK-norm": "yes" if hasattr(attention, "q_norm") else "",
         "sliding window": "all layers" if all(windows) else "some layers" if any(windows) else "",
         "soft cap": "yes" if attention_options(model)["softcap"] else "",
         "sinks": "yes" if attention_options(model)["sinks"] else "",
-        "RoPE": ", ".join(parts),
+        "RoPE": ", ".join(sorted(types)) + note,
         "experts": "yes" if hasattr(decoder.layers[0].mlp, "experts") else "",
         "same as": "eager and sdpa" if model._supports_sdpa else "eager",
     }

@@ -162,6 +162,16 @@ def test_needs_a_sparse_model(tiny):
     assert not is_sparse(nn.Linear(2, 2))
 
 
+def test_unsparsify_goes_back_to_what_the_class_has(tiny, tokens):
+    """Gemma 2 has no sdpa: its soft cap would be lost."""
+    model, ids = tiny("gemma2", head_dim=16, sliding_window=8), tokens(1, 30)
+    expected = model(ids, use_cache=False).logits
+    assert model.config._attn_implementation == "eager"
+    sparsify(model, BUDGET)
+    assert unsparsify(model).config._attn_implementation == "eager"
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
 def test_name_without_a_law(tiny, tokens):
     """The registered name alone, as `attn_implementation=` sets it."""
     sparsify(tiny(), BUDGET)

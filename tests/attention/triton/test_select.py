@@ -1,5 +1,7 @@
 """The GPU selection: the lists of the CPU, from the same scores and from the same tensors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,10 +83,25 @@ def test_cached_keys(draw, precise):
     assert _same(torch_lists, ours)
 
 
+def test_lists_of_a_window(draw, precise):
+    """Lengths decide alone: every head has one list, from one kernel."""
+    q, k, v = draw(200, 4, 2, 16, precise)
+    bounds, window = [0, 150, 200], 20
+    options = {"block": 16, "tile": 16, "window": window}
+    by_torch, ours = _both(q, k, TIGHT, bounds, **options)
+    assert _same(by_torch, ours)
+    assert len(ours.columns) == 2
+    given = {"window": window, "backend": "triton"}
+    out = sparse_attention(q, k, v, ours, **given)[0]
+    expected = sparse_attention(q, k, v, by_torch, window=window, backend="reference")[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_strips_cut_nothing_but_memory(draw, precise, monkeypatch):
     q, k, _ = draw(260, 2, 1, 16, precise)
-    bounds = [0, 150, 260]
-    whole = select(q, k, TIGHT, bounds, block=16, tile=16, backend="triton")
+    bounds, budget = [0, 150, 260], replace(TIGHT, alpha=9.0)
+    whole = select(q, k, budget, bounds, block=16, tile=16, backend="triton")
+    assert whole.plan.chooses
     found = []
 
     def short(plan, row_bytes, limit):
@@ -92,7 +109,7 @@ def test_strips_cut_nothing_but_memory(draw, precise, monkeypatch):
         return found
 
     monkeypatch.setattr(launches, "strips", short)
-    assert _same(whole, select(q, k, TIGHT, bounds, block=16, tile=16, backend="triton"))
+    assert _same(whole, select(q, k, budget, bounds, block=16, tile=16, backend="triton"))
     assert len(found) >= 4
 
 
