@@ -202,12 +202,13 @@ def _tokenizer(checkpoint: Path) -> Tokenizer | None:
     try:
         if not config.is_file():
             raise ValueError(f"there is no {config}")
-        data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data", {})
+        keys = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        data, pretrained = keys.get("data", {}), keys.get("model", {}).get("pretrained")
         path, name = data.get("path", "stdlib"), data.get("tokenizer")
         for part in paths_of(path):
             if name is None and part != "stdlib" and not Path(part).exists():
                 raise ValueError(f"data.path {part} of {config} is not there")
-        return choose_tokenizer(path, name)
+        return choose_tokenizer(path, name, pretrained)
     except ValueError as error:
         print(f"lit-sparse: no tokenizer is written: {error}", file=sys.stderr)
         return None

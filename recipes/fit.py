@@ -54,6 +54,7 @@ class SparseCLI(LightningCLI):
         return {name: every[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.epilog = "fit --dry-run[=GPU] checks a run and prints its plan, and starts nothing."
         parser.add_class_arguments(Run, "run")
         parser.add_lightning_class_args(SparseAttention, "sparse_attention")
         parser.add_lightning_class_args(ContextCurriculum, "curriculum")

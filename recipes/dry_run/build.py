@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lit_sparse.recipes.estimate.settings import QuietCLI, settings_of
 from lit_sparse.recipes.estimate.sharding import Sharding
 from lit_sparse.recipes.estimate.sizing import Sizing
 from lit_sparse.training.adapters import frozen_dtype
+from lit_sparse.training.checkpoint import check_architecture
 from lit_sparse.training.tiled import refuse_tiling
 
 
@@ -40,6 +42,9 @@ class Build(QuietCLI):
         """RoPE of each stage, in the names of transformers."""
         self._attach_callbacks()
         self._check_plain()
+        if self.asked.ckpt_path:
+            models = {"model": self.model.model_config}
+            check_architecture(Path(self.asked.ckpt_path), models)
         self.data = read_data(self.datamodule, self.settings)
         if self.data.tokenizer is not None:
             self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]

@@ -189,8 +189,9 @@ def _files(build: Build) -> list[str]:
     there = [type(callback) for callback in build.trainer.callbacks]  # type: ignore[attr-defined]
     written = ["config.yaml", "TensorBoard events", size]
     written += ["stages.json"] * (StageReport in there)
-    if HuggingFaceExport in there:
-        written += ["huggingface/"] + ["adapter/"] * (build.settings.model.lora is not None)
+    written += ["huggingface/"] * (HuggingFaceExport in there)
+    adapters = build.settings.model.lora is not None
+    written += ["adapter/"] * (HuggingFaceExport in there and adapters)
     return [f"{build.run.path}: {', '.join(written)}"]
 
 

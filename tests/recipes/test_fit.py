@@ -288,12 +288,15 @@ def test_unreadable_and_empty_files_are_counted_not_fatal(config, corpus, capsys
 
 def test_an_unsupported_model_names_layer_and_feature(config, tmp_path, capfd):
     other = tmp_path / "linear.yaml"
-    architecture = {"model_type": "qwen3_next", "layer_types": ["linear_attention"]}
-    architecture |= {"num_hidden_layers": 1, "vocab_size": 257, "hidden_size": 32, "num_experts": 2}
+    architecture = {
+        "model_type": "qwen3_next",
+        "layer_types": ["full_attention", "linear_attention"],
+    }
+    architecture |= {"num_hidden_layers": 2, "vocab_size": 257, "hidden_size": 32, "num_experts": 2}
     architecture |= {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
     other.write_text(yaml.safe_dump({"model": {"architecture": architecture}}))
     assert main(["fit", "--config", config, "--config", str(other)]) == 2
-    assert "layers.0 has linear_attention" in capfd.readouterr().err
+    assert "layers.1 has linear_attention" in capfd.readouterr().err
 
 
 def test_no_sub_command_shows_them_all(capsys):
