@@ -122,7 +122,9 @@ def add_lora(model: PreTrainedModel, lora: LoRA, base: Base | None = None) -> Pr
         target_modules=_find_targets(model, lora.targets),
         task_type="CAUSAL_LM",
     )
-    with _drawing_from_the_seed():
+    # Without memory where the model has none: its size may be more than this machine has.
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    with _drawing_from_the_seed("meta" if on_meta else "cpu"):
         model.add_adapter(config, ADAPTER)
     config.base_model_name_or_path = None if base is None else base.directory
     # Not peft's modules_to_save: it trains copies of the modules, which takes their memory twice,
@@ -173,16 +175,16 @@ def _find_targets(model: PreTrainedModel, targets: list[str] | str | None) -> li
 
 
 @contextmanager
-def _drawing_from_the_seed() -> Iterator[None]:
-    """Inside, layers get the same values wherever this is called: on the CPU, in float32 (Lightning
-    changes both around `configure_model`), whatever was drawn before.
+def _drawing_from_the_seed(device: str) -> Iterator[None]:
+    """Inside, layers get the same values wherever this is called: on this device, in float32
+    (Lightning changes both around `configure_model`), whatever was drawn before.
     """
     generator, dtype = torch.default_generator, torch.get_default_dtype()
     state = generator.get_state()
     generator.manual_seed(generator.initial_seed())
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device(device):
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -174,6 +174,9 @@ def _assign(config: Any, parameters: Mapping[str, Any], positions: int) -> None:
         raise ValueError("truncate: transformers ignores it where kinds of layers have own RoPE")
     config.rope_parameters = {**config.rope_parameters, FULL: own} if nested else own
     config.max_position_embeddings = positions
+    if getattr(config, "head_dim", 0) is None:
+        # Mixtral's config may leave it open; most types of transformers' RoPE then fail.
+        config.head_dim = config.hidden_size // config.num_attention_heads
     # Phi-3 holds it beside the RoPE parameters too, and that one counts.
     if hasattr(config, _ORIGINAL) and _ORIGINAL in own:
         config.original_max_position_embeddings = own[_ORIGINAL]
