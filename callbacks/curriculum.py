@@ -12,6 +12,7 @@ from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.models import (
     RopeOrigin,
     extend_context,
+    idle_window,
     is_sparse,
     rope_parameters,
     set_budget,
@@ -172,6 +173,13 @@ class ContextCurriculum(Callback):
 
     def _check_lengths(self, model: Any) -> None:
         origin = RopeOrigin.of(model)
+        window, longest = idle_window(model), self.curriculum.longest
+        if window is not None and longest > window:
+            raise ValueError(
+                f"curriculum: a stage of {longest} tokens goes past the sliding window of {window} "
+                f"keys of the model, which limits nothing up to its {origin.positions} positions: "
+                "set sliding_window: null in its config, or end the curriculum there"
+            )
         reach, ruled = origin.context, ""
         for i, stage in enumerate(self.curriculum.stages):
             if stage.rope is not None and "rule" not in stage.rope:

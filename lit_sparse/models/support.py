@@ -68,13 +68,29 @@ def window_of(model: nn.Module, layer: int) -> int | None:
     layer without such a window, or whose window is no shorter than the context that the model
     claims (Phi-3 for 128k).
     """
+    window = _configured_window(model, layer)
+    positions = cast(Any, model).config.max_position_embeddings
+    return None if window is None or window >= positions else window
+
+
+def idle_window(model: nn.Module) -> int | None:
+    """The sliding window of layers that it does not limit, up to the context that the model claims:
+    how far that may be extended. None: there is no such layer.
+    """
+    for layer, _ in attention_layers(model):
+        window = _configured_window(model, layer)
+        if window is not None and window_of(model, layer) is None:
+            return window
+    return None
+
+
+def _configured_window(model: nn.Module, layer: int) -> int | None:
     config = cast(Any, model).config
     types = getattr(config, "layer_types", None)
     if types and types[layer] != "sliding_attention":
         return None
     # Mistral, Mixtral, Phi-3 and Qwen3-MoE have one window for all layers and no types.
-    window = getattr(config, "sliding_window", None)
-    return None if window is None or window >= config.max_position_embeddings else window
+    return getattr(config, "sliding_window", None)
 
 
 def windows_everywhere(model: nn.Module) -> str:

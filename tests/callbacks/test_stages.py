@@ -222,6 +222,18 @@ def test_rope_that_does_not_fit_the_model_is_named_before_training(
     assert not watch.steps
 
 
+def test_a_stage_past_a_window_that_was_no_limit_is_named_before_training(architecture, corpus):
+    """Phi-3 for 128k has one of 262144 tokens: extended further it would begin to count."""
+    phi = {**architecture, "model_type": "phi3", "sliding_window": 192, "pad_token_id": None}
+    stages = [Stage(128, 1), Stage(256, 1, rope={"rule": "abf"})]
+    trainer, module, data, watch = _parts(phi, corpus, stages)
+    with pytest.raises(
+        ValueError, match=r"stage of 256 tokens goes past the sliding window of 192"
+    ):
+        trainer.fit(module, datamodule=data)
+    assert not watch.steps
+
+
 def test_data_of_another_curriculum_is_refused(architecture, corpus):
     trainer, module, data, _ = _parts(architecture, corpus)
     data.curriculum = Curriculum([Stage(512, 7)])
