@@ -40,9 +40,16 @@ def other_architecture(found: Any, wanted: Any, keys: Iterable[str]) -> str | No
     """The first of these keys that two transformers configs do not agree about, in words; None
     where they agree.
     """
-    pairs = {key: (getattr(found, key, None), getattr(wanted, key, None)) for key in keys}
+    pairs = {key: (_value(found, key), _value(wanted, key)) for key in keys}
     if found.model_type != wanted.model_type:
         pairs = {"model_type": (found.model_type, wanted.model_type)}
     differ = [f"{key} {a} instead of {b}" for key, (a, b) in pairs.items() if a != b]
     more = f" and {len(differ) - _LISTED} more" if len(differ) > _LISTED else ""
     return ", ".join(differ[:_LISTED]) + more if differ else None
+
+
+def _value(config: Any, key: str) -> Any:
+    value = getattr(config, key, None)
+    if key == "head_dim" and value is None:  # Mixtral's may be left open, and RoPE's rules fill it
+        return config.hidden_size // config.num_attention_heads
+    return value

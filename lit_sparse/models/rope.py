@@ -145,7 +145,12 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
         trial.validate_rope()
         rotary = _build_rotary(model, trial)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"rope_type {parameters['rope_type']!r}: {error.args[0]}") from error
+        # Of Phi-3, to which transformers gives no other scaling than longrope.
+        refused = "must be one of" in str(error)
+        advice = "; rules abf and ntk change rope_theta alone" if refused else ""
+        raise ValueError(
+            f"rope_type {parameters['rope_type']!r}: {error.args[0]}{advice}"
+        ) from error
     rotates = rotary_dimensions(model)
     if (found := 2 * _frequencies(rotary)[0].numel()) != rotates:
         raise ValueError(

@@ -89,6 +89,26 @@ def test_a_directory_without_weights_or_tokenizer(config, corpus, capsys):
     _refused("model.pretrained: model has no config.json", config, capsys)
 
 
+def test_weights_that_are_not_those_of_the_config(config, capsys):
+    path = Path("model/config.json")
+    keys = json.loads(path.read_text())
+    layers = len(keys.pop("layer_types", [])) or keys["num_hidden_layers"]
+    for changed, message in (
+        (
+            {"num_hidden_layers": layers + 1},
+            "lack what its config.json asks for: model.",
+        ),
+        ({"intermediate_size": 8}, "is [32, 64], its config.json asks for [32, 8]"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "that are quantized (mxfp4)"),
+    ):
+        path.write_text(json.dumps({**keys, **changed}))
+        _refused(message, config, capsys, "--model.architecture", "null")
+    path.write_text(json.dumps(keys))
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:2000])
+    _refused("model.pretrained: model cannot be loaded", config, capsys)
+
+
 def test_a_store_of_another_tokenizer(config, corpus, capsys):
     assert main(["pack", str(corpus), "--tokenizer", "bytes", "--out", "store"]) == 0
     assert _fit(config, "--data.path", "store", "--trainer.max_steps", "1") == 0
