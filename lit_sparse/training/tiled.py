@@ -30,12 +30,18 @@ def tile_mlps(model: nn.Module, tiles: int) -> None:
 
     Raises:
         ValueError: no number of tiles, a model whose layers are not known, no deepspeed.
+        NotImplementedError: an MLP of experts.
     """
     if isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1:
         raise ValueError(f"model.tiled_mlp must be null or a number of tiles >= 1, got {tiles!r}")
     require_known(model)
     require_deepspeed("model.tiled_mlp")
-    for layer in cast(Any, model).base_model.layers:
+    for i, layer in enumerate(cast(Any, model).base_model.layers):
+        if hasattr(layer.mlp, "experts"):
+            raise NotImplementedError(
+                f"model.tiled_mlp: layers.{i}.mlp sends tokens to experts, each of which has "
+                "a part of the row already: set model.tiled_mlp: null"
+            )
         layer.mlp.forward = partial(_tiled_mlp, layer.mlp, layer.mlp.forward, tiles)
 
 

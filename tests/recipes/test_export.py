@@ -131,6 +131,7 @@ def test_adapters_are_merged_or_written_alone(config, tmp_path, capsys):
     architecture = config["model"].pop("architecture")
     build_model(architecture=architecture).save_pretrained("base")
     config["model"]["pretrained"] = "base"
+    config["data"]["tokenizer"] = "bytes"
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     # Without a key in the file, and in the precision that has two dtypes.
     fit = ["fit", "--config", "small.yaml", "--trainer.precision", "bf16-mixed"]

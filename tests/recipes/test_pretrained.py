@@ -67,6 +67,18 @@ def _refused(message, config, capsys, *arguments):
     assert not Path("runs/small").exists()
 
 
+def test_an_export_has_the_tokenizer_that_the_run_had(config, capsys):
+    path = Path("model/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(tokenizer))
+    assert _fit(config, "--trainer.max_steps", "1") == 0
+    assert main(["export", "runs/small", "--out", "tuned"]) == 0
+    wanted, found = (AutoTokenizer.from_pretrained(x)("a b").input_ids for x in ("model", "tuned"))
+    assert wanted == found
+
+
 def test_a_directory_of_another_architecture(config, capsys):
     keys = ["--model.architecture.num_hidden_layers", "3", "--model.architecture.head_dim", "16"]
     _refused(
