@@ -33,9 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if command == "fit" and any(argument.split("=")[0] == "--dry-run" for argument in argv):
         return import_module("lit_sparse.recipes.dry_run").main(argv)
-    recipe = import_module(_RECIPES[command][0])
-    # Lightning parses its own sub-command names.
-    return recipe.main(argv if command in _LIGHTNING else argv[1:])
+    try:
+        recipe = import_module(_RECIPES[command][0])
+        # Lightning parses its own sub-command names.
+        return recipe.main(argv if command in _LIGHTNING else argv[1:])
+    except KeyboardInterrupt:  # while there is nothing to save: fit and pack say more later
+        print("lit-sparse: interrupted", file=sys.stderr)
+        return 130
 
 
 def _usage() -> str:

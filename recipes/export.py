@@ -109,8 +109,8 @@ def _export(options: argparse.Namespace) -> None:
             trained.add_adapters(adapters[name], options.base)
         if not options.adapter:
             trained.check()
-    tokenizer = None if options.adapter else _tokenizer(checkpoint)
     pretrained = options.base or (state.get("hyper_parameters") or {}).get("pretrained")
+    tokenizer = None if options.adapter else _tokenizer(checkpoint, pretrained)
     for name, trained in models.items():
         model = trained.model
         if options.adapter:
@@ -196,19 +196,18 @@ def _training(state: Mapping[str, Any], name: str) -> Training:
     )
 
 
-def _tokenizer(checkpoint: Path) -> Tokenizer | None:
+def _tokenizer(checkpoint: Path, pretrained: str | Path | None) -> Tokenizer | None:
     """That of the run that the checkpoint lies in; where it cannot be found, this is said."""
     config = checkpoint.resolve().parent.parent / CONFIG
     try:
         if not config.is_file():
             raise ValueError(f"there is no {config}")
-        keys = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        data, pretrained = keys.get("data", {}), keys.get("model", {}).get("pretrained")
+        data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data", {})
         path, name = data.get("path", "stdlib"), data.get("tokenizer")
         for part in paths_of(path):
             if name is None and part != "stdlib" and not Path(part).exists():
                 raise ValueError(f"data.path {part} of {config} is not there")
-        return choose_tokenizer(path, name, pretrained)
+        return choose_tokenizer(path, name, None if pretrained is None else str(pretrained))
     except ValueError as error:
         print(f"lit-sparse: no tokenizer is written: {error}", file=sys.stderr)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -24,6 +25,7 @@ from lit_sparse.distributed.checkpoint import check_sharding
 from lit_sparse.distributed.failure import lost_contact
 from lit_sparse.distributed.gradients import check_strategy
 from lit_sparse.files import write_whole
+from lit_sparse.recipes.messages import own_words
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
 from lit_sparse.training import SparseLM
@@ -37,16 +39,24 @@ class SparseCLI(LightningCLI):
     """Adds to LightningCLI the law, the curriculum and the run directory, as keys of the config."""
 
     def __init__(self, argv: list[str]) -> None:
-        super().__init__(
-            SparseLM,
-            PackedTextDataModule,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            parser_kwargs={"prog": "lit-sparse"},
-            args=argv,
-        )
+        try:
+            super().__init__(
+                SparseLM,
+                PackedTextDataModule,
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                parser_kwargs={"prog": "lit-sparse"},
+                args=argv,
+            )
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
+
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**options)
+        parser.exit_on_error = False  # it would print all options before what is wrong
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -102,6 +112,10 @@ class SparseCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.run.path)  # where no logger says another place
         try:
             trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            if "devices" not in str(error):
+                raise
+            raise ValueError(f"trainer.devices: {error}") from error
         except RuntimeError as error:
             if "stateful callback" not in str(error):
                 raise
@@ -271,17 +285,6 @@ def resolve_configs(argv: list[str]) -> list[str]:
         elif argument.startswith("--config="):
             resolved[i] = "--config=" + find_config(argument.removeprefix("--config="))
     return resolved
-
-
-def own_words(error: BaseException) -> str:
-    """What a constructor raised: jsonargparse wraps it in all that the argument might have been."""
-    while str(error).startswith("Does not validate against any") and error.__cause__ is not None:
-        listed = re.findall(r"^  - (.*)$", str(error), re.MULTILINE)
-        own = [line for line in listed if not line.startswith("Expected a <")]
-        if len(own) == 1:
-            return own[0]
-        error = error.__cause__
-    return str(error)
 
 
 def _in_a_step(error: BaseException) -> bool:

@@ -51,6 +51,6 @@ def other_architecture(found: Any, wanted: Any, keys: Iterable[str]) -> str | No
 
 def _value(config: Any, key: str) -> Any:
     value = getattr(config, key, None)
-    if key == "head_dim" and value is None:  # left open, see `rope`
+    if key == "head_dim" and value is None:  # Mixtral's may be left open, and RoPE's rules fill it
         return config.hidden_size // config.num_attention_heads
     return value

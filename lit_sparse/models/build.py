@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from lit_sparse.models.architecture import architecture_keys, other_architecture
 from lit_sparse.models.state import CONFIG_KEY
@@ -76,19 +77,18 @@ def model_config(
     and the same values of all keys that the architecture names, but for the size of the vocabulary,
     RoPE, positions and the ids of special tokens, which fine-tuning changes.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     expected = None if architecture is None else _architecture_config(architecture)
     if pretrained is None:
         if expected is None:
             raise ValueError("set model.pretrained or model.architecture")
         return expected
     config = pretrained_config(pretrained, trust_remote_code)
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"model.pretrained: {pretrained} holds quantised weights ({method}), which no "
-            "optimizer can change and no export can write: save plain ones first (of gpt-oss: "
-            "AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config("
-            "dequantize=True)).save_pretrained(NEW))"
+            f"model.pretrained: {pretrained} is of model_type {config.model_type}, of which "
+            "transformers has no causal language model"
         )
     if architecture is not None and expected is not None:
         named = [key for key in architecture_keys(expected) if key in architecture]
@@ -124,13 +124,22 @@ def pretrained_config(directory: str | Path, trust_remote_code: bool = False) ->
             "or trust where it is from"
         )
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(
             f"model.pretrained: {path / 'config.json'} cannot be read: {error.__cause__ or error}"
         ) from error
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"model.pretrained: {path} holds quantised weights ({method}), which no optimizer can "
+            "change and no export can write: save plain ones first (of gpt-oss: "
+            "AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config("
+            "dequantize=True)).save_pretrained(NEW))"
+        )
+    return config
 
 
 def _needs_own_code(directory: Path) -> bool:
@@ -208,16 +217,36 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _load(directory: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # Lightning's configure_model may run inside of the context of a device; transformers would then
-    # ask for accelerate. Strategies move the model.
-    with torch.device("cpu"):
-        return AutoModelForCausalLM.from_pretrained(
-            directory,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            dtype=dtype,
+    try:
+        # Lightning's configure_model may run inside of the context of a device; transformers would
+        # then ask for accelerate. Strategies move the model.
+        with torch.device("cpu"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
+                output_loading_info=True,
+            )
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise ValueError(f"model.pretrained: {directory} cannot be loaded: {error}") from error
+    model, report = loaded
+    # transformers draws at random what it does not find.
+    if report["mismatched_keys"]:
+        name, found, asked = min(report["mismatched_keys"])
+        raise ValueError(
+            f"model.pretrained: {name} in {directory} is {list(found)}, its config.json asks for "
+            f"{list(asked)}"
         )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"model.pretrained: the files of {directory} lack what its "
+            f"config.json asks for: {missing[0]} and {len(missing) - 1} more"
+        )
+    return model
 
 
 def _from_architecture(architecture: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:

@@ -41,7 +41,8 @@ class LoRA:
         alpha: see above; while it stays, another rank hardly needs another learning rate.
         dropout: of the input of A, in training.
         targets: last parts of the names of the linear layers to adapt, e.g. [q_proj, v_proj];
-            "all-linear" for all but the head; None for `PROJECTIONS`.
+            "all-linear" for all but the head; None for `PROJECTIONS`. Experts that are
+            held in one tensor are no linear layers, and stay as they are.
         train_norms: train the weights of all norms too.
         train_embeddings: train the input embeddings too, and with them a head that shares their
             weight.
@@ -60,7 +61,7 @@ class LoRA:
     def __post_init__(self) -> None:
         for key, value, wanted, holds in (
             ("rank", self.rank, "a whole number >= 1", _is_count(self.rank)),
-            ("alpha", self.alpha, "> 0", self.alpha > 0),
+            ("alpha", self.alpha, "a finite number > 0", 0 < self.alpha < float("inf")),
             ("dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1),
             (
                 "targets",

@@ -145,7 +145,12 @@ def replace_rope(model: nn.Module, parameters: Mapping[str, Any], positions: int
         trial.validate_rope()
         rotary = _build_rotary(model, trial)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"rope_type {parameters['rope_type']!r}: {error.args[0]}") from error
+        # Of Phi-3, to which transformers gives no other scaling than longrope.
+        refused = "must be one of" in str(error)
+        advice = "; rules abf and ntk change rope_theta alone" if refused else ""
+        raise ValueError(
+            f"rope_type {parameters['rope_type']!r}: {error.args[0]}{advice}"
+        ) from error
     rotates = rotary_dimensions(model)
     if (found := 2 * _frequencies(rotary)[0].numel()) != rotates:
         raise ValueError(
@@ -174,9 +179,6 @@ def _assign(config: Any, parameters: Mapping[str, Any], positions: int) -> None:
         raise ValueError("truncate: transformers ignores it where kinds of layers have own RoPE")
     config.rope_parameters = {**config.rope_parameters, FULL: own} if nested else own
     config.max_position_embeddings = positions
-    if getattr(config, "head_dim", 0) is None:
-        # Mixtral's config may leave it open; most types of transformers' RoPE then fail.
-        config.head_dim = config.hidden_size // config.num_attention_heads
     # Phi-3 holds it beside the RoPE parameters too, and that one counts.
     if hasattr(config, _ORIGINAL) and _ORIGINAL in own:
         config.original_max_position_embeddings = own[_ORIGINAL]

@@ -172,8 +172,13 @@ class SparseLM(LightningModule):
         embeddings = self.model_config.get_text_config().vocab_size
         if tokens is not None and tokens > embeddings:
             raise ValueError(
-                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: set "
-                "model.architecture.vocab_size, or use the tokenizer of model.pretrained"
+                f"data.tokenizer has {tokens} tokens but the model embeds {embeddings}: "
+                + (
+                    "set model.architecture.vocab_size"
+                    if self.hparams["pretrained"] is None
+                    else "use the tokenizer that model.pretrained was trained with, or resize its "
+                    "embeddings first (transformers' resize_token_embeddings)"
+                )
             )
 
     def on_fit_start(self) -> None:

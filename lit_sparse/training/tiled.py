@@ -30,18 +30,18 @@ def tile_mlps(model: nn.Module, tiles: int) -> None:
 
     Raises:
         ValueError: no number of tiles, a model whose layers are not known, no deepspeed.
-        NotImplementedError: a model of experts.
+        NotImplementedError: an MLP of experts.
     """
     if isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1:
         raise ValueError(f"model.tiled_mlp must be null or a number of tiles >= 1, got {tiles!r}")
     require_known(model)
     require_deepspeed("model.tiled_mlp")
-    if getattr(cast(Any, model).config, "num_experts_per_tok", None):
-        raise NotImplementedError(
-            f"model.tiled_mlp: the {cast(Any, model).config.model_type}'s MLPs send tokens to "
-            "experts, which DeepSpeed does not tile: set model.tiled_mlp: null"
-        )
-    for layer in cast(Any, model).base_model.layers:
+    for i, layer in enumerate(cast(Any, model).base_model.layers):
+        if hasattr(layer.mlp, "experts"):
+            raise NotImplementedError(
+                f"model.tiled_mlp: layers.{i}.mlp sends tokens to experts, each of which has "
+                "a part of the row already: set model.tiled_mlp: null"
+            )
         layer.mlp.forward = partial(_tiled_mlp, layer.mlp, layer.mlp.forward, tiles)
 
 

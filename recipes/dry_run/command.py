@@ -14,7 +14,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lit_sparse.recipes.dry_run.build import Build
 from lit_sparse.recipes.dry_run.report import lines
 from lit_sparse.recipes.estimate.gpus import GPUS, Gpu
-from lit_sparse.recipes.fit import own_words, resolve_configs
+from lit_sparse.recipes.fit import resolve_configs
+from lit_sparse.recipes.messages import own_words
 
 FLAG, DEFAULT = "--dry-run", "h100"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lit_sparse.recipes.benchmark.report import write_json
 from lit_sparse.recipes.estimate.gpus import GPUS, Gpu
+from lit_sparse.recipes.messages import own_words
 
 PROGRAM = "lit-sparse estimate"
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         if options.json is not None:
             write_json(options.json, found.to_dict())
     except (ValueError, NotImplementedError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {' '.join(own_words(error).split())}", file=sys.stderr)
         return 2
     print("\n".join(report.lines(found)))
     return 0

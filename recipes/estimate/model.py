@@ -84,7 +84,8 @@ class Model:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers, config.vocab_size, config.pad_token_id = layers, 8, None
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+            last = config.layer_types[-1]  # again where the model itself has fewer
+            config.layer_types = [*config.layer_types, *[last] * layers][:layers]
         return config
 
 
@@ -103,8 +104,13 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     config = model_config(pretrained, architecture, trust_remote_code)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ImportError as error:  # of an attn_implementation that its config asks for
+        raise ValueError(f"model.pretrained: {pretrained} cannot be built: {error}") from error
     check_support(model)
     if lora is not None:
         add_lora(model, lora)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_sparse.attention.plan import Plan, make_plan
@@ -33,6 +34,7 @@ from lit_sparse.training import Curriculum, Stage
 NODE = 8
 """GPUs of a node, and at hand, where a config does not say."""
 
+_DEVICES = re.compile(r"auto|-1|\[?\d+(,\s*\d+)*,?\]?")
 _FULL = ("32", "32-true")
 _MIXED = ("16", "bf16", "16-mixed", "bf16-mixed")
 _HALF = ("16-true", "bf16-true")
@@ -156,20 +158,12 @@ def settings_of(config: Namespace, gpus: int | None = None) -> Settings:
 
 
 class QuietCLI(SparseCLI):
-    """Raises what is wrong with a config, where the command line exits; trains nothing."""
+    """Raises what is wrong with a config; trains nothing."""
 
     def __init__(self, argv: list[str]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-            try:
-                super().__init__(argv)
-            except argparse.ArgumentError as error:
-                raise ValueError(str(error)) from error
-
-    def init_parser(self, **options: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**options)
-        parser.exit_on_error = False
-        return parser
+            super().__init__(argv)
 
     def _set_seed(self) -> None: ...
 
@@ -196,6 +190,15 @@ def _callbacks(config: Namespace) -> tuple[SparseAttention, Curriculum]:
 def _gpus_of(trainer: Namespace) -> tuple[int | None, int]:
     """GPUs that the trainer names, None where it leaves that open, and those of a node."""
     devices, nodes = trainer.devices, trainer.num_nodes or 1
+    if isinstance(devices, str) and not _DEVICES.fullmatch(devices):
+        raise ValueError(
+            f"trainer.devices must be a number, auto, -1 or a list of them, got {devices}"
+        )
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if isinstance(trainer.accelerator, str) and trainer.accelerator not in known:
+        raise ValueError(
+            f"trainer.accelerator must be one of {', '.join(known)}, got {trainer.accelerator}"
+        )
     if isinstance(devices, (list, tuple)):
         devices = len(devices)
     if not str(devices).isdigit():

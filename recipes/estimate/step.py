@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse.attention.plan import Plan
 from lit_sparse.models.head import capped
-from lit_sparse.models.lora import add_lora
+from lit_sparse.models.lora import LoRA, add_lora
 from lit_sparse.recipes.estimate.attention import Counted, count_attention
 from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
 from lit_sparse.recipes.estimate.model import Model
@@ -182,11 +182,26 @@ def _decoder(model: Model, recipe: Recipe, layers: int) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to guess
         tile_mlps(decoder, recipe.tiled_mlp)
     if model.lora is not None:
-        add_lora(decoder, model.lora)
+        add_lora(decoder, _of_decoder(model.lora, decoder))
         if not recipe.autocast:  # DeepSpeed casts all
             decoder.to(recipe.dtype)
     set_activations(decoder, "recompute" if recipe.recompute else "keep")
     return decoder
+
+
+def _of_decoder(lora: LoRA, decoder: nn.Module) -> LoRA:
+    """Without a target that is the head, which a decoder has not."""
+    if not isinstance(lora.targets, list):
+        return lora
+    names = [
+        f".{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
+    ]
+    targets = [t for t in lora.targets if any(name.endswith(f".{t}") for name in names)]
+    if not targets:
+        raise NotImplementedError(
+            "model.lora.targets: adapters of the head alone are not estimated"
+        )
+    return replace(lora, targets=targets)
 
 
 def _forward(decoder: Any, recipe: Recipe, tokens: int) -> Tensor:

@@ -142,7 +142,8 @@ def test_adapters_follow_from_the_seed_alone(tiny):
     ("keys", "message"),
     [
         ({"rank": 0}, "model.lora.rank must be a whole number >= 1, got 0"),
-        ({"alpha": 0}, "model.lora.alpha must be > 0, got 0"),
+        ({"alpha": 0}, "model.lora.alpha must be a finite number > 0, got 0"),
+        ({"alpha": float("inf")}, "model.lora.alpha must be a finite number > 0, got inf"),
         ({"dropout": 1.0}, "model.lora.dropout must be at least 0 and below 1, got 1.0"),
         ({"targets": "q_proj"}, "model.lora.targets must be null, all-linear or a list"),
         ({"targets": []}, "model.lora.targets must be null"),
@@ -158,6 +159,13 @@ def test_adapters_follow_from_the_seed_alone(tiny):
 def test_bad_values_are_named(tiny, keys, message):
     with pytest.raises(ValueError, match=message):
         add_lora(tiny(tie_word_embeddings=True), LoRA(**keys))
+
+
+def test_a_model_without_memory_gets_adapters_without(tiny):
+    with torch.device("meta"):
+        model = tiny()
+    add_lora(model, LoRA(rank=1_000_000))  # 100 MB a layer
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_model_with_adapters_gets_no_others(tiny):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_sparse.budget import Budget
 from lit_sparse.models import (
@@ -112,6 +113,17 @@ def test_original_positions_are_those_before_the_extension(tiny):
     set_rope(model, rope_type="yarn", factor=4.0)
     set_max_positions(model, 1024)
     assert rope_parameters(model)["original_max_position_embeddings"] == 256
+
+
+def test_a_config_that_leaves_head_dim_open(tiny, tokens, tmp_path):
+    # As Mixtral's own does; transformers would multiply None.
+    model = tiny("mixtral", num_local_experts=2)
+    assert model.config.head_dim is None
+    set_rope(model, rope_type="yarn", factor=4.0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(1, 30)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ BAD = [
     ),
     (["--trainer.max_steps", "9"], "goes past the end of the curriculum"),
     (["--model.tiled_mlp", "2"], "model.tiled_mlp trains on 2 proc"),
+    (["--model.lora.rank", "0"], "model.lora.rank must be"),
+    (["--model.lora.rank", "abc"], "model.lora.rank must be int, got abc"),
+    (["--model.lora.targets", "[3]"], "model.lora.targets must be list[str], str or null, got [3]"),
+    (["--model.lora", "{r: 3}"], "model.lora has no key 'r'"),
+    (["--model.compile", "maybe"], "model.compile must be bool, got maybe"),
+    (["--trainer.callbacks+=lit_sparse.callbacks.Nope"], "has no attribute 'Nope'"),
+    (["--trainer.devices", "abc"], "trainer.devices must be a number, auto, -1 or a list"),
+    (["--trainer.accelerator", "abc"], "trainer.accelerator must be one of auto, gpu"),
     (["--model.lora.rank", "4"], "trainer.precision: bf16-true would"),
     (
         [

@@ -67,6 +67,18 @@ def _refused(message, config, capsys, *arguments):
     assert not Path("runs/small").exists()
 
 
+def test_an_export_has_the_tokenizer_that_the_run_had(config, capsys):
+    path = Path("model/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(tokenizer))
+    assert _fit(config, "--trainer.max_steps", "1") == 0
+    assert main(["export", "runs/small", "--out", "tuned"]) == 0
+    wanted, found = (AutoTokenizer.from_pretrained(x)("a b").input_ids for x in ("model", "tuned"))
+    assert wanted == found
+
+
 def test_a_directory_of_another_architecture(config, capsys):
     keys = ["--model.architecture.num_hidden_layers", "3", "--model.architecture.head_dim", "16"]
     _refused(
@@ -84,6 +96,26 @@ def test_a_directory_without_weights_or_tokenizer(config, corpus, capsys):
     _refused("model.pretrained: model has no model.safetensors", config, capsys)
     Path("model/config.json").unlink()
     _refused("model.pretrained: model has no config.json", config, capsys)
+
+
+def test_weights_that_are_not_those_of_the_config(config, capsys):
+    path = Path("model/config.json")
+    keys = json.loads(path.read_text())
+    layers = len(keys.pop("layer_types", [])) or keys["num_hidden_layers"]
+    for changed, message in (
+        (
+            {"num_hidden_layers": layers + 1},
+            "lack what its config.json asks for: model.",
+        ),
+        ({"intermediate_size": 8}, "is [32, 64], its config.json asks for [32, 8]"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "holds quantised weights (mxfp4)"),
+    ):
+        path.write_text(json.dumps({**keys, **changed}))
+        _refused(message, config, capsys, "--model.architecture", "null")
+    path.write_text(json.dumps(keys))
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:2000])
+    _refused("model.pretrained: model cannot be loaded", config, capsys)
 
 
 def test_a_store_of_another_tokenizer(config, corpus, capsys):
