@@ -14,10 +14,10 @@ from pytorch_lightning.utilities import rank_zero_info
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.distributed.weights import whole_shape, whole_tensor
 from lit_sparse.models import named_models
-from lit_sparse.models.card import Training
-from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
-from lit_sparse.models.lora import adapted
-from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
+from lit_sparse.models.export.card import Training
+from lit_sparse.models.export.write import check_replaceable, stored_tensors, write_model
+from lit_sparse.models.lora.adapters import adapted
+from lit_sparse.models.lora.merge import check_adapter_replaceable, merged_weights, write_adapter
 from lit_sparse.training.curriculum import find_curriculum
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed.checkpoint import RUN
 from lit_sparse.distributed.stored_weights import checkpoint_weights
 from lit_sparse.models import pretrained_generation
-from lit_sparse.models.card import Training
-from lit_sparse.models.export import check_replaceable, write_model
-from lit_sparse.models.merge import check_adapter_replaceable, merged_weights, write_adapter
+from lit_sparse.models.export.card import Training
+from lit_sparse.models.export.write import check_replaceable, write_model
+from lit_sparse.models.lora.merge import check_adapter_replaceable, merged_weights, write_adapter
 from lit_sparse.recipes.run_directory import CONFIG
 from lit_sparse.recipes.trained_model import TrainedModel
 from lit_sparse.training.checkpoint import checkpoint_step, checkpoints, damage, newest_whole

@@ -12,10 +12,10 @@ from torch import Tensor
 from lit_sparse.distributed.loading import TensorFiles
 from lit_sparse.distributed.stored_weights import StoredTensor
 from lit_sparse.models import build_model, weight_files
-from lit_sparse.models.base_weights import Base
-from lit_sparse.models.export import stored_tensors
-from lit_sparse.models.lora import LoRA, add_lora
-from lit_sparse.models.merge import plain_name
+from lit_sparse.models.export.write import stored_tensors
+from lit_sparse.models.lora.adapters import LoRA, add_lora
+from lit_sparse.models.lora.base import Base
+from lit_sparse.models.lora.merge import plain_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from torch import nn
 
 from lit_sparse.files import Sum, sum_of
 from lit_sparse.models import named_models
-from lit_sparse.models.adapter_checkpoints import describe_adapters
+from lit_sparse.models.lora.checkpoints import describe_adapters
 
 TAG = "checkpoint"
 RUN = "run.ckpt"

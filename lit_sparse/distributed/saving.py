@@ -14,7 +14,7 @@ from lit_sparse.distributed.checkpoint import check_sharding, description, run_s
 from lit_sparse.distributed.shards import load_sharded, save_sharded
 from lit_sparse.distributed.weights import full_state_dict, load_full_state_dict
 from lit_sparse.files import remove
-from lit_sparse.models.adapter_checkpoints import check_adapters, left_out
+from lit_sparse.models.lora.checkpoints import check_adapters, left_out
 
 
 class SavingStrategy(DeepSpeedStrategy):

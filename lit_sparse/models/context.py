@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lit_sparse.models.export.serving import multiplies_positions
 from lit_sparse.models.rope import (
     KEYS,
     check_numbers,
@@ -22,7 +23,6 @@ from lit_sparse.models.rope import (
     rotary_dimensions,
     scales_by_positions,
 )
-from lit_sparse.models.serving import multiplies_positions
 
 _ORIGIN = "lit_sparse_rope_origin"
 """Name of the attribute by which a model remembers its origin; never saved."""
@@ -108,7 +108,7 @@ def stored_positions(parameters: Mapping[str, Any], length: int, origin: RopeOri
     transformers computes no frequencies from it where RoPE has a factor, or needs none. vLLM
     derives its longest sequence from it: times the factor where rope_type is "linear", so that it
     has to be the context before scaling; for "yarn" original_max_position_embeddings * factor, or
-    since vllm#56446 the value itself, so that it has to be that product. See `models.serving`.
+    since vllm#56446 the value itself, so that it has to be that product. See `models.export.serving`.
     """
     if length <= origin.positions and parameters == origin.parameters:
         return origin.positions

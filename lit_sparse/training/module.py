@@ -24,9 +24,9 @@ from lit_sparse.distributed.gradients import (
 from lit_sparse.distributed.loading import load_pretrained
 from lit_sparse.distributed.weights import whole_shape
 from lit_sparse.models import build_model, check_source, model_config
-from lit_sparse.models.adapter_checkpoints import check_adapters, left_out
-from lit_sparse.models.base_weights import Base
-from lit_sparse.models.lora import LoRA, add_lora
+from lit_sparse.models.lora.adapters import LoRA, add_lora
+from lit_sparse.models.lora.base import Base
+from lit_sparse.models.lora.checkpoints import check_adapters, left_out
 from lit_sparse.training.activations import Activations, set_activations
 from lit_sparse.training.adapters import check_liger_head, check_tiled_dropout, frozen_dtype
 from lit_sparse.training.compilation import check_compilation, check_compiler, compile_layers

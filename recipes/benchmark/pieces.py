@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_sparse.models.serving import context_of
+from lit_sparse.models.export.serving import context_of
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.benchmark.steps import SEED
 

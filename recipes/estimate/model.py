@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_sparse.models import attention_layers, check_support, model_config, window_of
-from lit_sparse.models.lora import LoRA, add_lora
+from lit_sparse.models.lora.adapters import LoRA, add_lora
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lit_sparse.callbacks import ContextCurriculum, SparseAttention
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.distributed.options import deepspeed_config
 from lit_sparse.models import Law
-from lit_sparse.models.lora import LoRA
+from lit_sparse.models.lora.adapters import LoRA
 from lit_sparse.recipes.estimate.kinds import Keeps
 from lit_sparse.recipes.estimate.model import Model, read_model
 from lit_sparse.recipes.estimate.sharding import Sharding, Zero, refusal

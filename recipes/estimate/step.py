@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse.attention.plan import Plan
 from lit_sparse.models.head import capped
-from lit_sparse.models.lora import LoRA, add_lora
+from lit_sparse.models.lora.adapters import LoRA, add_lora
 from lit_sparse.recipes.estimate.attention import Counted, count_attention
 from lit_sparse.recipes.estimate.live import Bytes, LiveBytes
 from lit_sparse.recipes.estimate.model import Model

@@ -25,8 +25,8 @@ from lit_sparse.models import (
     sparsify,
     windows_everywhere,
 )
+from lit_sparse.models.export.serving import context_of
 from lit_sparse.models.norms import LogitNorms, distances, logit_norms, query_projection
-from lit_sparse.models.serving import context_of
 from lit_sparse.models.state import CONFIG_KEY
 from lit_sparse.recipes.benchmark.pieces import check_length, validation_pieces
 from lit_sparse.recipes.benchmark.report import BadArgument

@@ -22,7 +22,7 @@ from lit_sparse.callbacks import HuggingFaceExport, RunCheckpoint
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.distributed.weights import whole_tensor
 from lit_sparse.models import build_model, law_of, set_budget, set_rope
-from lit_sparse.models.export import stored_tensors
+from lit_sparse.models.export.write import stored_tensors
 from lit_sparse.training import SparseLM
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -29,7 +29,7 @@ from lit_sparse.callbacks import (
 from lit_sparse.distributed import DeepSpeedSparseStrategy
 from lit_sparse.distributed.gradients import gradients_are_whole
 from lit_sparse.distributed.weights import whole_tensor
-from lit_sparse.models.lora import LoRA
+from lit_sparse.models.lora.adapters import LoRA
 from lit_sparse.training import SparseLM
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -4,7 +4,7 @@ import yaml
 
 from lit_sparse.budget import Budget
 from lit_sparse.models import extend_context, sparsify
-from lit_sparse.models.card import CardFacts, Training, is_own_card, model_card
+from lit_sparse.models.export.card import CardFacts, Training, is_own_card, model_card
 
 STAGES = [
     {"length": 512, "steps": 10, "rope": None, "attention": "dense"},

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_sparse.data import ByteTokenizer
-from lit_sparse.models.card import Training, is_own_card
-from lit_sparse.models.export import check_replaceable, stored_tensors, write_model
+from lit_sparse.models.export.card import Training, is_own_card
+from lit_sparse.models.export.write import check_replaceable, stored_tensors, write_model
 
 
 def _write(model, directory, dtype=torch.float32, read=None, **options):

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lit_sparse import Budget, sparsify
 from lit_sparse.models import attention_layers, build_model, set_rope
-from lit_sparse.models.adapter_checkpoints import check_adapters, describe_adapters, left_out
-from lit_sparse.models.base_weights import Base, weights_fingerprint
-from lit_sparse.models.export import stored_tensors, write_model
-from lit_sparse.models.lora import LoRA, add_lora
-from lit_sparse.models.merge import merged_weights, write_adapter
+from lit_sparse.models.export.write import stored_tensors, write_model
+from lit_sparse.models.lora.adapters import LoRA, add_lora
+from lit_sparse.models.lora.base import Base, weights_fingerprint
+from lit_sparse.models.lora.checkpoints import check_adapters, describe_adapters, left_out
+from lit_sparse.models.lora.merge import merged_weights, write_adapter
 
 EVERYTHING = LoRA(rank=4, alpha=6, train_norms=True, train_embeddings=True)
 

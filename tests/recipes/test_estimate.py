@@ -15,7 +15,7 @@ from lit_sparse.attention import select, sparse_attention
 from lit_sparse.attention.plan import make_plan
 from lit_sparse.budget import Budget
 from lit_sparse.models import sparsify
-from lit_sparse.models.lora import LoRA
+from lit_sparse.models.lora.adapters import LoRA
 from lit_sparse.recipes.estimate import main
 from lit_sparse.recipes.estimate.compute import causal_pairs
 from lit_sparse.recipes.estimate.model import read_model

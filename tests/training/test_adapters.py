@@ -15,7 +15,7 @@ from lit_sparse.callbacks import (
 )
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.models import build_model
-from lit_sparse.models.lora import LoRA, add_lora
+from lit_sparse.models.lora.adapters import LoRA, add_lora
 from lit_sparse.training import Curriculum, SparseLM, Stage
 from lit_sparse.training.activations import set_activations
 from lit_sparse.training.adapters import check_liger_head, check_tiled_dropout

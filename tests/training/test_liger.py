@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 from lit_sparse import Budget, sparsify, unsparsify
 from lit_sparse.models import is_sparse, set_rope
-from lit_sparse.models.lora import LoRA, add_lora
+from lit_sparse.models.lora.adapters import LoRA, add_lora
 from lit_sparse.training import SparseLM
 from lit_sparse.training.activations import set_activations
 from lit_sparse.training.liger import use_liger_kernels

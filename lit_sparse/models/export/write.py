@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from lit_sparse.files import publish, remove, sync
-from lit_sparse.models.card import CardFacts, Training, is_own_card, model_card
-from lit_sparse.models.published import published
-from lit_sparse.models.serving import context_of
+from lit_sparse.models.export.card import CardFacts, Training, is_own_card, model_card
+from lit_sparse.models.export.published import published
+from lit_sparse.models.export.serving import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

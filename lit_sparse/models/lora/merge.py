@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_sparse.models.export import write_tensors
-from lit_sparse.models.lora import ADAPTER, adapted, base_dtype
+from lit_sparse.models.export.write import write_tensors
+from lit_sparse.models.lora.adapters import ADAPTER, adapted, base_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

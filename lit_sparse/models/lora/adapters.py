@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from lit_sparse.models.base_weights import Base
+from lit_sparse.models.lora.base import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lit_sparse.models.base_weights import Base
-from lit_sparse.models.lora import LoRA, adapted, base_dtype
+from lit_sparse.models.lora.adapters import LoRA, adapted, base_dtype
+from lit_sparse.models.lora.base import Base
 from lit_sparse.models.support import named_models
 
 

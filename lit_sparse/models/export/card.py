@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_sparse.models.export.serving import context_of, full_rope, serving_notes
 from lit_sparse.models.rope import FULL
-from lit_sparse.models.serving import context_of, full_rope, serving_notes
 from lit_sparse.models.state import CONFIG_KEY, Law
 
 _SEAL = re.compile(r"<!-- lit-sparse (\w{16}) -->\n\Z")

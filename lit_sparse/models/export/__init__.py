@@ -1,0 +1,1 @@
+"""Hugging Face directories of trained models: weights, config, card, what other software reads."""
