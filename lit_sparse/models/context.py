@@ -108,7 +108,7 @@ def stored_positions(parameters: Mapping[str, Any], length: int, origin: RopeOri
     transformers computes no frequencies from it where RoPE has a factor, or needs none. vLLM
     derives its longest sequence from it: times the factor where rope_type is "linear", so that it
     has to be the context before scaling; for "yarn" original_max_position_embeddings * factor, or
-    since vllm#56446 the value itself, so that it has to be that product. See `models.export.serving`.
+    since vllm#56446 the value itself, so that it has to be that product. See `export.serving`.
     """
     if length <= origin.positions and parameters == origin.parameters:
         return origin.positions
