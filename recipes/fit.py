@@ -25,6 +25,8 @@ from lit_sparse.distributed.checkpoint import check_sharding
 from lit_sparse.distributed.failure import lost_contact
 from lit_sparse.distributed.gradients import check_strategy
 from lit_sparse.files import write_whole
+from lit_sparse.models import check_support, model_without_weights
+from lit_sparse.models.lora.adapters import LoRA, add_lora
 from lit_sparse.recipes.messages import own_words
 from lit_sparse.recipes.run_directory import CONFIG, Run
 from lit_sparse.recipes.shipped_configs import find_config
@@ -136,6 +138,7 @@ class SparseCLI(LightningCLI):
         self.run.check_place(resume=bool(checkpoint))
         if self.trainer.is_global_zero:
             self.run.prepare(resume=bool(checkpoint))
+        self._check_layers()
         if checkpoint:
             self._check_architecture(checkpoint)
         self.datamodule.setup()
@@ -164,6 +167,14 @@ class SparseCLI(LightningCLI):
             self._check_architecture(checkpoint)
 
     before_test = before_validate
+
+    def _check_layers(self) -> None:
+        """Refuse what only the layers show, before data is packed and weights are read."""
+        lora, trusted = (self.model.hparams[key] for key in ("lora", "trust_remote_code"))
+        model = model_without_weights(self.model.model_config, trust_remote_code=trusted)
+        check_support(model)
+        if lora is not None:
+            add_lora(model, LoRA(**lora))
 
     def _check_architecture(self, checkpoint: str) -> None:
         check_architecture(Path(checkpoint), {"model": self.model.model_config})

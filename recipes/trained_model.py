@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_sparse.distributed.loading import TensorFiles
 from lit_sparse.distributed.stored_weights import StoredTensor
-from lit_sparse.models import build_model, weight_files
+from lit_sparse.models import build_model, model_without_weights, weight_files
 from lit_sparse.models.export.write import stored_tensors
 from lit_sparse.models.lora.adapters import LoRA, add_lora
 from lit_sparse.models.lora.base import Base
 from lit_sparse.models.lora.merge import plain_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class TrainedModel:
@@ -44,7 +41,7 @@ class TrainedModel:
         weights: Mapping[str, StoredTensor],
         dtype: torch.dtype | None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self._checkpoint, self._prefix = checkpoint, f"{name}." if name else ""
         self._weights = {
@@ -56,10 +53,7 @@ class TrainedModel:
             raise ValueError(f"{checkpoint} has no weights of {name}")
         self._asked = dtype
         self.dtype = dtype or next(iter(self._weights.values())).dtype
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**config), dtype=self.dtype
-            )
+        self.model = model_without_weights(AutoConfig.for_model(**config), self.dtype)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_sparse.models import (
     SUPPORTED,
+    model_without_weights,
     pretrained_config,
     pretrained_generation,
     rebuild_rope,
@@ -111,7 +112,6 @@ def _outside_zero_init() -> Iterator[None]:
 def _without_weights(
     directory: str | Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     config = pretrained_config(directory, trust_remote_code)
@@ -127,10 +127,7 @@ def _without_weights(
             f"model.pretrained: {directory} is of model_type {kind}; ZeRO stage 3 loads "
             f"{', '.join(SUPPORTED)} (set strategy.stage to 2 for other models)"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    model = model_without_weights(config, dtype, trust_remote_code)
     if (generation := pretrained_generation(directory)) is not None:
         model.generation_config = generation
     return model.eval()

@@ -1,12 +1,25 @@
-"""Whether configs of transformers are of one architecture: weights of one fit the other."""
+"""`model.architecture` as a config of transformers, and whether two configs are of one
+architecture, so that weights of one fit the other.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from lit_sparse.models.state import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LISTED = 3
+
+# Not fields of a config class, and yet read by every one that has RoPE.
+_LEGACY = frozenset({"rope_theta", "rope_scaling", "head_dim"})
 
 _FREE = frozenset(
     {
@@ -54,3 +67,44 @@ def _value(config: Any, key: str) -> Any:
     if key == "head_dim" and value is None:  # Mixtral's may be left open, and RoPE's rules fill it
         return config.hidden_size // config.num_attention_heads
     return value
+
+
+def architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
+    """The transformers config of `model.architecture`; ValueError for what it cannot be."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    keys = {key: value for key, value in architecture.items() if key != "model_type"}
+    kind = architecture.get("model_type")
+    if kind is None:
+        raise ValueError("model.architecture needs model_type, e.g. 'llama'")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.architecture: no model_type {kind!r}{_nearest(str(kind), list(CONFIG_MAPPING))}"
+        )
+    config_class = CONFIG_MAPPING[kind]
+    # A config class stores any keyword as an attribute: a misspelt key would quietly do nothing.
+    known = {field.name for field in dataclasses.fields(config_class)}
+    known |= set(config_class.attribute_map) | _LEGACY | {CONFIG_KEY}
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
+        raise ValueError(f"model.architecture: {config_class.__name__} has no {listed}")
+    try:
+        config = AutoConfig.for_model(kind, **keys)
+    except StrictDataclassError as error:  # transformers' checks of its own
+        raise ValueError(f"model.architecture: {error.__cause__ or error}") from error
+    text = config.get_text_config()
+    heads, shared = (
+        getattr(text, f"num_{name}_heads", None) for name in ("attention", "key_value")
+    )
+    if heads and shared and heads % shared:
+        raise ValueError(
+            f"model.architecture: num_key_value_heads = {shared} does not divide "
+            f"num_attention_heads = {heads}"
+        )
+    return config
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +11,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lit_sparse.models.architecture import architecture_keys, other_architecture
-from lit_sparse.models.state import CONFIG_KEY
+from lit_sparse.models.architecture import (
+    architecture_config,
+    architecture_keys,
+    other_architecture,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-
-# Not fields of a config class, and yet read by every one that has RoPE.
-_LEGACY = frozenset({"rope_theta", "rope_scaling", "head_dim"})
 
 
 def build_model(
@@ -79,7 +77,7 @@ def model_config(
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    expected = None if architecture is None else _architecture_config(architecture)
+    expected = None if architecture is None else architecture_config(architecture)
     if pretrained is None:
         if expected is None:
             raise ValueError("set model.pretrained or model.architecture")
@@ -249,47 +247,27 @@ def _load(directory: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
     return model
 
 
+def model_without_weights(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model on the meta device: all of it but memory.
+
+    Raises:
+        ValueError: its config asks for what is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except ImportError as error:  # of an attn_implementation
+        where = config.name_or_path or config.model_type
+        raise ValueError(f"model.pretrained: {where} cannot be built: {error}") from error
+
+
 def _from_architecture(architecture: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(_architecture_config(architecture), dtype=dtype)
-
-
-def _architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    keys = {key: value for key, value in architecture.items() if key != "model_type"}
-    kind = architecture.get("model_type")
-    if kind is None:
-        raise ValueError("model.architecture needs model_type, e.g. 'llama'")
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model.architecture: no model_type {kind!r}{_nearest(str(kind), list(CONFIG_MAPPING))}"
-        )
-    config_class = CONFIG_MAPPING[kind]
-    # A config class stores any keyword as an attribute: a misspelt key would quietly do nothing.
-    known = {field.name for field in dataclasses.fields(config_class)}
-    known |= set(config_class.attribute_map) | _LEGACY | {CONFIG_KEY}
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
-        raise ValueError(f"model.architecture: {config_class.__name__} has no {listed}")
-    try:
-        config = AutoConfig.for_model(kind, **keys)
-    except StrictDataclassError as error:  # transformers' checks of its own
-        raise ValueError(f"model.architecture: {error.__cause__ or error}") from error
-    text = config.get_text_config()
-    heads, shared = (
-        getattr(text, f"num_{name}_heads", None) for name in ("attention", "key_value")
-    )
-    if heads and shared and heads % shared:
-        raise ValueError(
-            f"model.architecture: num_key_value_heads = {shared} does not divide "
-            f"num_attention_heads = {heads}"
-        )
-    return config
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return AutoModelForCausalLM.from_config(architecture_config(architecture), dtype=dtype)

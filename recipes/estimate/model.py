@@ -7,10 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from lit_sparse.models import attention_layers, check_support, model_config, window_of
+from lit_sparse.models import (
+    attention_layers,
+    check_support,
+    model_config,
+    model_without_weights,
+    window_of,
+)
 from lit_sparse.models.lora.adapters import LoRA, add_lora
 
 
@@ -101,16 +106,8 @@ def read_model(
         ValueError: the config of no model that sparse attention knows.
         NotImplementedError: a layer has what sparse attention has not.
     """
-    from transformers import AutoModelForCausalLM
-
     config = model_config(pretrained, architecture, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except ImportError as error:  # of an attn_implementation that its config asks for
-        raise ValueError(f"model.pretrained: {pretrained} cannot be built: {error}") from error
+    model: Any = model_without_weights(config, trust_remote_code=trust_remote_code)
     check_support(model)
     if lora is not None:
         add_lora(model, lora)

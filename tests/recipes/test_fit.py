@@ -294,7 +294,9 @@ def test_an_unsupported_model_names_layer_and_feature(config, tmp_path, capfd):
     architecture |= {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
     other.write_text(yaml.safe_dump({"model": {"architecture": architecture}}))
     assert main(["fit", "--config", config, "--config", str(other)]) == 2
-    assert "layers.1 has linear_attention" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "layers.1 has linear_attention" in said.err
+    assert "documents for training" not in said.out  # before data is packed
 
 
 def test_no_sub_command_shows_them_all(capsys):
