@@ -49,7 +49,7 @@ class SparseCLI(LightningCLI):
                 save_config_kwargs={"save_to_log_dir": False},
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
-                parser_kwargs={"prog": "lit-sparse"},
+                parser_kwargs={"prog": "lit-sparse", "allow_abbrev": False},
                 args=argv,
             )
         except argparse.ArgumentError as error:
@@ -118,6 +118,13 @@ class SparseCLI(LightningCLI):
             if "devices" not in str(error):
                 raise
             raise ValueError(f"trainer.devices: {error}") from error
+        except MisconfigurationException as error:
+            if "No supported gpu backend" not in str(error):
+                raise
+            raise ValueError(
+                "trainer.accelerator asks for a GPU, and this machine has none that PyTorch finds: "
+                "--trainer.accelerator cpu trains without, fit --dry-run plans without"
+            ) from error
         except RuntimeError as error:
             if "stateful callback" not in str(error):
                 raise

@@ -1,6 +1,10 @@
 """The bridge to transformers: sparse attention in causal language models, RoPE, construction."""
 
-from lit_sparse.models.architecture import architecture_keys, other_architecture
+from lit_sparse.models.architecture import (
+    architecture_keys,
+    architecture_of,
+    other_architecture,
+)
 from lit_sparse.models.build import (
     build_model,
     check_source,
@@ -55,6 +59,7 @@ __all__ = [
     "RopeOrigin",
     "alpha_factor",
     "architecture_keys",
+    "architecture_of",
     "attention_layers",
     "budget_of",
     "build_model",

@@ -69,6 +69,14 @@ def _value(config: Any, key: str) -> Any:
     return value
 
 
+def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `model.architecture` has to be for such a config: of what a file or a library adds to it
+    (`_sliding_window_pattern` of Gemma 3) nothing.
+    """
+    known = {"model_type", *_known_keys(type(config))}
+    return {key: value for key, value in config.to_diff_dict().items() if key in known}
+
+
 def architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config of `model.architecture`; ValueError for what it cannot be."""
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -82,9 +90,8 @@ def architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
             f"model.architecture: no model_type {kind!r}{_nearest(str(kind), list(CONFIG_MAPPING))}"
         )
     config_class = CONFIG_MAPPING[kind]
+    known = _known_keys(config_class)
     # A config class stores any keyword as an attribute: a misspelt key would quietly do nothing.
-    known = {field.name for field in dataclasses.fields(config_class)}
-    known |= set(config_class.attribute_map) | _LEGACY | {CONFIG_KEY}
     unknown = [key for key in keys if key not in known]
     if unknown:
         listed = ", ".join(f"{key!r}{_nearest(key, sorted(known))}" for key in unknown)
@@ -103,6 +110,11 @@ def architecture_config(architecture: Mapping[str, Any]) -> PreTrainedConfig:
             f"num_attention_heads = {heads}"
         )
     return config
+
+
+def _known_keys(config_class: Any) -> set[str]:
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    return fields | set(config_class.attribute_map) | _LEGACY | {CONFIG_KEY}
 
 
 def _nearest(key: str, known: list[str]) -> str:

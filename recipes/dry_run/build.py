@@ -10,7 +10,13 @@ from pytorch_lightning import Trainer
 from torch.optim import Optimizer
 
 from lit_sparse.callbacks import ContextCurriculum, SparseAttention
-from lit_sparse.models import check_source, extend_context, pretrained_config, rope_parameters
+from lit_sparse.models import (
+    architecture_of,
+    check_source,
+    extend_context,
+    pretrained_config,
+    rope_parameters,
+)
 from lit_sparse.recipes.dry_run.data import read_data
 from lit_sparse.recipes.estimate.memory import Memory
 from lit_sparse.recipes.estimate.settings import QuietCLI, settings_of
@@ -63,7 +69,7 @@ class Build(QuietCLI):
         if model.pretrained is not None:
             check_source(model.pretrained, model.architecture, model.trust_remote_code)
             found = pretrained_config(model.pretrained, model.trust_remote_code)
-            model.pretrained, model.architecture = None, found.to_diff_dict()
+            model.pretrained, model.architecture = None, architecture_of(found)
         if not torch.cuda.is_available():
             if model.liger_kernels:
                 model.liger_kernels = False

@@ -104,7 +104,7 @@ def _stages(build: Build) -> list[str]:
     own = len(settings.law.layers)
     windows = sum(window is not None for window in settings.model.windows)
     others = f"; {own} layers have laws of their own" if own else ""
-    others += f"; {windows} layers keep their sliding windows" if windows else ""
+    others += f"; sliding windows stay in {windows} of the layers" if windows else ""
     law = (
         f"{settings.law.budget}, blocks of {settings.law.block} keys{others}; executed: share of "
         "the causal pairs; learning rate: the stage's largest"
@@ -228,6 +228,12 @@ def _warnings(build: Build, memory: Memory | str, gpu: Gpu) -> Iterator[str]:
     if on_gpu:
         yield from (f"the GPU kernels do not run {what}" for what in kernel_refusals(settings))
     warmup, steps = build.model.hparams["warmup_steps"], settings.curriculum.total_steps
+    if 0 < build.trainer.max_steps < steps:
+        stage = settings.curriculum.index_at(build.trainer.max_steps - 1) + 1
+        yield (
+            f"trainer.max_steps = {build.trainer.max_steps} ends the run in stage {stage} of "
+            f"{len(settings.curriculum.stages)}, before step {steps:,} of the schedule"
+        )
     if warmup >= steps:
         yield f"model.warmup_steps = {warmup}: the whole run of {steps} steps is warm-up"
     try:

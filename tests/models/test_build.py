@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from lit_sparse.models import build_model, check_source
+from lit_sparse.models import (
+    architecture_of,
+    build_model,
+    check_source,
+    model_config,
+    pretrained_config,
+)
 
 TINY = {
     "vocab_size": 97,
@@ -155,3 +161,13 @@ def test_dtype_refused():
     for dtype in ("int8", "float33", "nn"):
         with pytest.raises(ValueError, match=rf"model\.dtype.*'{dtype}'"):
             build_model(architecture={"model_type": "llama", **TINY}, dtype=dtype)
+
+
+def test_an_architecture_says_what_a_config_does(tiny, tmp_path):
+    """Also where the file has keys that no field of the config class has."""
+    tiny("gemma3_text").save_pretrained(tmp_path)
+    config = pretrained_config(tmp_path)
+    assert "_sliding_window_pattern" in config.to_diff_dict()
+    again = model_config(None, architecture_of(config))
+    differ = {k for k, v in config.to_dict().items() if again.to_dict().get(k) != v}
+    assert differ <= {"architectures", "dtype", "_name_or_path", "transformers_version"}

@@ -102,6 +102,11 @@ def test_a_directory_and_a_store_are_looked_at(config, tmp_path, architecture, c
     assert "memory not known: the memory of attention is that of the Triton kernels, which" in wide
 
 
+def test_a_run_that_ends_before_its_schedule(config, capsys):
+    printed = _dry_run(capsys, "--config", config, "--trainer.max_steps", "3")
+    assert "trainer.max_steps = 3 ends the run in stage 1 of 1, before step 4" in printed
+
+
 def test_what_needs_a_gpu_is_planned_without_one(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -121,6 +126,7 @@ BAD = [
         ["--curriculum.stages", "[{length: 512, steps: 4, mixture: {other: 1}}]"],
         "curriculum.stages[0].mixture names 'other'",
     ),
+    (["--trainer.max_step", "3"], "unrecognized arguments: --trainer.max_step 3"),
     (["--trainer.max_steps", "9"], "goes past the end of the curriculum"),
     (["--model.tiled_mlp", "2"], "model.tiled_mlp trains on 2 proc"),
     (["--model.lora.rank", "0"], "model.lora.rank must be"),

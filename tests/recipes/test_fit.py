@@ -311,3 +311,9 @@ def test_a_callback_that_is_there_twice_is_named(config, capsys):
     arguments = ["--trainer.callbacks+=lit_sparse.callbacks.DenseGapMonitor"]
     assert main(["fit", "--config", config, *arguments]) == 2
     assert "trainer.callbacks has DenseGapMonitor twice" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_a_gpu_that_is_not_there(config, capsys):
+    assert main(["fit", "--config", config, "--trainer.accelerator", "gpu"]) == 2
+    assert "trainer.accelerator asks for a GPU" in capsys.readouterr().err

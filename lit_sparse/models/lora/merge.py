@@ -31,6 +31,20 @@ MODEL_CONFIG = "model_config.json"
 the name config.json, by which transformers takes a directory for a whole model.
 """
 
+_README = f"""# Adapters trained by lit-sparse
+
+Load them on their base model with the config beside them, which has the RoPE that they were trained
+with. Without it the same adapters compute something else where training changed the RoPE.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("DIR/{MODEL_CONFIG}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, config=config), "DIR")
+```
+"""
+
 _WRAPPED = ".base_layer."
 """peft moves the layer that it adapts one level down."""
 
@@ -152,6 +166,7 @@ def write_adapter(
         about: Any = copy.deepcopy(model.config)
         about.dtype = str(base_dtype(model)).removeprefix("torch.")
         about.to_json_file(unfinished / MODEL_CONFIG)
+        (unfinished / "README.md").write_text(_README, encoding="utf-8")
 
     write_tensors(
         directory,
