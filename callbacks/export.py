@@ -51,8 +51,9 @@ class HuggingFaceExport(Callback):
         for model, place, adapter_place in self._places(trainer, pl_module):
             if adapted(model) is None and hasattr(model, "peft_config"):
                 raise ValueError(
-                    f"HuggingFaceExport merges adapters of lit_sparse.models.lora.add_lora, and "
-                    f"this {type(model).__name__} has others: make them with add_lora, or leave "
+                    "HuggingFaceExport merges adapters of "
+                    "lit_sparse.models.lora.adapters.add_lora, and this "
+                    f"{type(model).__name__} has others: make them with add_lora, or leave "
                     "HuggingFaceExport out and save them by peft"
                 )
             key = "directory"
