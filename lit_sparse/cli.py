@@ -16,6 +16,8 @@ _RECIPES = {
     "calibrate": ("lit_sparse.recipes.calibrate", "measure the keys a model needs, write a budget"),
     "inspect": ("lit_sparse.recipes.inspect", "how large logits can be, are, and have to be"),
     "estimate": ("lit_sparse.recipes.estimate", "memory, FLOPs and days of a config"),
+    "evaluate": ("lit_sparse.recipes.evaluate", "loss by position and long-range tasks of a model"),
+    "study": ("lit_sparse.recipes.study", "experiments on the paper's claims, with verdicts"),
     "benchmark": ("lit_sparse.recipes.benchmark", "time sparse attention, measure the selection"),
 }
 _LIGHTNING = ("fit", "validate", "test")

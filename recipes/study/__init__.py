@@ -1,0 +1,11 @@
+"""`lit-sparse study`: claims of the paper, and of this project, as experiments with verdicts."""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    """See `command.main`."""
+    # Not above: what is wrong with the arguments is said before torch is loaded.
+    from lit_sparse.recipes.study import command
+
+    return command.main(argv)
