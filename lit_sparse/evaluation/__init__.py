@@ -7,6 +7,7 @@ from lit_sparse.evaluation.evaluate import (
     NAMES,
     SPARSE,
     Evaluation,
+    LeftOut,
     Questions,
     evaluate,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Answers",
     "Estimate",
     "Evaluation",
+    "LeftOut",
     "PositionLoss",
     "Questions",
     "ask",

@@ -35,7 +35,7 @@ class Answers:
     @property
     def right(self) -> np.ndarray:
         """bool [prompts]: all of the answer is the first choice."""
-        return self.hits.all(1)
+        return np.asarray(self.hits.all(1))
 
     @property
     def accuracy(self) -> Estimate:
@@ -58,7 +58,8 @@ class Answers:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Answers:
-        return cls(**{k: None if v is None else np.array(v) for k, v in stored.items()})
+        arrays: dict[str, Any] = {k: None if v is None else np.array(v) for k, v in stored.items()}
+        return cls(**arrays)
 
     def by_depth(self, parts: int) -> np.ndarray:
         """Share right in equal parts of the depth, start of the text first: float64 [parts], NaN in
@@ -88,10 +89,11 @@ def ask(
     """
     head, (count, length) = language_head(model), prompts.ids.shape
     (places,) = torch.from_numpy(prompts.answer[0]).to(model.device).nonzero(as_tuple=True)
+    size = max(_AT_ONCE // length, 1)
     hits, nats, generated = [], [], []
-    for ids in torch.from_numpy(prompts.ids).split(max(_AT_ONCE // length, 1)):
-        progress(f"prompt {sum(map(len, hits)) + 1} of {count}, {length} tokens")
-        ids = ids.to(model.device)
+    for start in range(0, count, size):
+        progress(f"prompt {start + 1} of {count}, {length} tokens")
+        ids = torch.from_numpy(prompts.ids[start : start + size]).to(model.device)
         answer = ids[:, places]
         # The base model: the logits of a long prompt never exist as a whole.
         hidden = model.base_model(input_ids=ids, use_cache=False)[0]

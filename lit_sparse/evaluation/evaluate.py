@@ -141,7 +141,7 @@ def evaluate(
             except ValueError as error:
                 found.left_out.append(LeftOut(name, length, str(error)))
                 continue
-            results[length] = sides.measure(measure, lambda what, name=name: progress(name + what))
+            results[length] = sides.measure(measure, partial(_say, progress, name))
             found.density.update(sides.density(length))
         if name == LOSS:
             found.losses.update(results)
@@ -198,6 +198,10 @@ def _answers(
     return at
 
 
+def _say(progress: Progress, where: str, what: str) -> None:
+    progress(f"{where}, {what}")
+
+
 class _Sides:
     """Measures with dense attention and by the law, and what share of the pairs the law keeps."""
 
@@ -210,13 +214,13 @@ class _Sides:
 
     def measure(self, measure: Callable[[Progress], T], progress: Progress) -> dict[str, T]:
         if not self._layers:
-            return {DENSE: measure(lambda what: progress(f", {what}"))}
+            return {DENSE: measure(partial(_say, progress, DENSE))}
         found = {}
         if self._dense:
             with dense_attention(self._model):
-                found[DENSE] = measure(lambda what: progress(f" dense, {what}"))
+                found[DENSE] = measure(partial(_say, progress, DENSE))
         with observe(self._model, self._note, self._layers):
-            found[SPARSE] = measure(lambda what: progress(f" sparse, {what}"))
+            found[SPARSE] = measure(partial(_say, progress, SPARSE))
         return found
 
     def density(self, length: int) -> dict[int, float]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lit_sparse.evaluation import DENSE, SPARSE, mean_of
 from lit_sparse.evaluation.figure import draw_answers
 from lit_sparse.recipes.benchmark.report import tokens
@@ -28,7 +26,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(width, max(sum(heights), 2)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     if heights:
-        parts = list(np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights)))
+        rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        parts = list(rows[:, 0])
         if with_losses:
             _draw_losses(parts.pop(0), results)
         for part, result in zip(parts, asked, strict=True):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lit_sparse.budget import Budget
 from lit_sparse.evaluation import (
@@ -28,6 +28,7 @@ NOTE = (
 )
 
 Group = tuple[str, tuple[str, ...]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Result:
     @property
     def sides(self) -> list[str]:
         """How it was measured: dense, and sparse where it has a law."""
-        measured = [*self.found.losses.values()]
-        measured += [at for task in self.found.answers.values() for at in task.values()]
-        return list(measured[0]) if measured else [DENSE]
+        found: list[Mapping[int, Mapping[str, Any]]] = [self.found.losses]
+        found += self.found.answers.values()
+        return next((list(sides) for at in found for sides in at.values()), [DENSE])
 
     def to_dict(self) -> dict[str, Any]:
         subject, found = self.subject, self.found
@@ -242,32 +243,26 @@ def _side_by_side(results: Sequence[Result]) -> list[str]:
     groups += [(name, tuple(result.sides)) for name, result in zip(names, results, strict=True)]
     lengths = sorted({n for result in results for n in result.subject.lengths})
     tasks = list(dict.fromkeys(task for result in results for task in result.found.answers))
-    rows = [
-        _row("late loss", n, results, lambda r, n=n: r.found.losses.get(n), _late_cell)
-        for n in lengths
-    ]
-    rows += [
-        _row(
-            task, n, results, lambda r, t=task, n=n: r.found.answers.get(t, {}).get(n), _right_cell
-        )
-        for task in tasks
-        for n in lengths
-    ]
+    rows = []
+    for n in lengths:
+        late = [result.found.losses.get(n, {}) for result in results]
+        rows.append(["late loss", str(n), *_cells(results, late, _late_cell)])
+    for task in tasks:
+        for n in lengths:
+            answers = [result.found.answers.get(task, {}).get(n, {}) for result in results]
+            rows.append([task, str(n), *_cells(results, answers, _right_cell)])
     return render_table(groups, [row for row in rows if set(row[2:]) != {"-"}])
 
 
-def _row(
-    what: str,
-    length: int,
-    results: Sequence[Result],
-    of: Callable[[Result], dict[str, Any] | None],
-    cell: Callable[[Any], str],
+def _cells(
+    results: Sequence[Result], measured: Sequence[Mapping[str, T]], cell: Callable[[T], str]
 ) -> list[str]:
-    cells = [what, str(length)]
-    for result in results:
-        sides = of(result) or {}
-        cells += [cell(sides[side]) if side in sides else "-" for side in result.sides]
-    return cells
+    """A cell for each side of each model, "-" where it was not measured."""
+    return [
+        cell(sides[side]) if side in sides else "-"
+        for result, sides in zip(results, measured, strict=True)
+        for side in result.sides
+    ]
 
 
 def _late_cell(losses: PositionLoss) -> str:
