@@ -32,7 +32,7 @@ from lit_sparse.recipes.evaluate.subject import Loading, load
 
 PROGRAM = "lit-sparse evaluate"
 
-_SAY_SECONDS = 5
+_SAY_SECONDS = 10
 
 
 def main(argv: list[str]) -> int:
