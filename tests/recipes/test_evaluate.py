@@ -156,6 +156,14 @@ def test_lengths_without_any_given():
     assert default_lengths(8) == [2, 4, 8]
 
 
+def test_a_model_whose_losses_are_not_finite_is_refused(place, capsys):
+    model = AutoModelForCausalLM.from_pretrained(place / "plain")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    model.save_pretrained(place / "nan")
+    assert run(place, "--tasks", "passkey", models=("nan",)) == 2
+    assert "has losses that are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
