@@ -69,7 +69,7 @@ class Measured:
 
 
 def measure(settings: Settings) -> Measured:
-    lengths = [2**i for i in (range(10, 14) if settings.quick else range(10, 16))]
+    lengths = [2**i for i in (range(10, 14) if settings.quick else range(10, 15))]
     repetitions, heads = (8, 8) if settings.quick else (16, 8)
     plan = _Plan(lengths, repetitions, heads, settings.seed)
     settings.progress("under the assumptions")
