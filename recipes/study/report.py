@@ -61,7 +61,8 @@ def cell(value: Any) -> str:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Lines of a Markdown table; columns that hold numbers stand flush right."""
-    cells = [[cell(value) for value in row] for row in rows]
+    # A bar, as in ||W||, would end the cell.
+    cells = [[cell(value).replace("|", r"\|") for value in row] for row in rows]
     numeric = [
         all(isinstance(row[i], (int, float)) or row[i] is None for row in rows)
         for i in range(len(columns))
