@@ -40,6 +40,11 @@ def log_slope(n: Sequence[float], values: ArrayLike, seed: int = 0, draws: int =
         n: [lengths], positive.
         values: positive, [repetitions, lengths]; a repetition is drawn whole.
     """
+    return mean_of(log_slopes(n, values), seed, draws)
+
+
+def log_slopes(n: Sequence[float], values: ArrayLike) -> np.ndarray:
+    """The slope of each repetition, [repetitions]; arguments as of `log_slope`."""
     x, y = np.log(np.asarray(n, dtype=np.float64)), np.log(np.asarray(values, dtype=np.float64))
     x = x - x.mean()
-    return mean_of(y @ x / (x @ x), seed, draws)
+    return y @ x / (x @ x)
