@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.windows.synthetic import DIMENSION, ENTRIES, bounded, draw, errors
+from lit_sparse.recipes.study.inputs import D_MODEL, D_VALUE, rademacher
+from lit_sparse.recipes.study.windows.synthetic import draw, errors
 
 SHORTEST, KEYS, SIGMA = 256, 16, 1.0
 """The shortest context, what every window keeps of it, and the logits' standard deviation."""
@@ -44,7 +45,7 @@ class Growth:
 
 def measure(settings: Settings) -> Growth:
     """Errors of single rows, and the largest of n rows, at doubling contexts."""
-    doublings, sets, rows, repetitions = (4, 4, 48, 4) if settings.quick else (9, 6, 256, 8)
+    doublings, sets, rows, repetitions = (4, 4, 48, 4) if settings.quick else (9, 6, 128, 8)
     contexts = tuple(SHORTEST * 2**i for i in range(doublings))
     generator = torch.Generator().manual_seed(settings.seed + 1)
     one = np.empty((len(WINDOWS), repetitions, len(contexts)))
@@ -69,14 +70,14 @@ def keys_of(window: str, n: int) -> int:
 
 def largest_error(n: int, keys: list[int], generator: torch.Generator) -> torch.Tensor:
     """The largest output error of n rows with queries of their own over the same n keys: [keys]."""
-    entries = bounded(n, generator)
+    tokens = rademacher(n, D_MODEL + D_VALUE, generator)
+    x, values = tokens[:, :D_MODEL], tokens[:, D_MODEL:]
     found = torch.zeros(len(keys))
-    values = entries[:, ENTRIES:]
     for size in torch.arange(n).split(512):
         queries = torch.nn.functional.normalize(
-            torch.randn(len(size), ENTRIES, generator=generator), dim=-1
+            torch.randn(len(size), D_MODEL, generator=generator), dim=-1
         )
-        p = (SIGMA * queries @ entries[:, :ENTRIES].T).softmax(-1)
+        p = (SIGMA * queries @ x.T).softmax(-1)
         dense = p @ values
         weights, best = p.topk(max(keys), dim=-1)
         sums = (weights[..., None] * values[best]).cumsum(1)
@@ -84,4 +85,4 @@ def largest_error(n: int, keys: list[int], generator: torch.Generator) -> torch.
         for place, k in enumerate(keys):
             error = (dense - sums[:, k - 1] / kept[:, k - 1]).norm(dim=-1).max()
             found[place] = torch.maximum(found[place], error)
-    return found / math.sqrt(DIMENSION)
+    return found / math.sqrt(D_VALUE)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_sparse.recipes.study import inputs
 from lit_sparse.recipes.study.findings import Settings
 from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, mean_keys, mixture, solve
 
@@ -19,9 +20,6 @@ COSTS = (32, 64, 128, 256, 512)
 
 NORMS = ("missed mass", "output error", "relative output error")
 """tau; ||o - o_S|| / root mean square of ||v||; ||o - o_S|| / ||o||."""
-
-ENTRIES, DIMENSION = 32, 16
-"""Entries of an input that make its logit, and that are its value."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +97,19 @@ def measure(settings: Settings) -> Errors:
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A row of n keys: logits of variance 1, descending, and their values [n, dimension].
-
-    Some entries of the inputs make the logits, by a query of unit norm that is drawn once; the
-    others are the values, so that values do not depend on logits.
+    """A row of n keys: logits of standard deviation 1, descending, and values [n, D_VALUE] that do
+    not depend on them, of mean square 1.
     """
-    entries = bounded(n, generator)
-    query = torch.nn.functional.normalize(torch.randn(ENTRIES, generator=generator), dim=0)
-    logits, order = (entries[:, :ENTRIES] @ query).sort(descending=True)
-    return logits, entries[order, ENTRIES:]
-
-
-def bounded(n: int, generator: torch.Generator) -> Tensor:
-    """n inputs of independent entries, uniform within +- sqrt(3): mean 0, variance 1."""
-    even = torch.rand(n, ENTRIES + DIMENSION, generator=generator)
-    return even.mul_(2).sub_(1).mul_(math.sqrt(3))
+    rows = inputs.draw(inputs.rademacher, n, 1, generator)
+    logits, order = (rows.logits[0] / rows.row_scale).sort(descending=True)
+    return logits, rows.values[order]
 
 
 def errors(row: tuple[Tensor, Tensor], sigmas: Sequence[float], keys: Sequence[int]) -> Tensor:
-    """All norms of the k largest of a row: [norms, sigmas, keys], of the renormalised output."""
+    """All norms of the k largest of a row, the output renormalised: [norms, sigmas, keys].
+
+    As `top_keys` defines them; here running sums serve any number of windows at once.
+    """
     logits, values = row
     last = torch.tensor(keys) - 1
     scaled = torch.tensor(sigmas)[:, None] * logits
