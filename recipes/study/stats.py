@@ -48,3 +48,13 @@ def log_slopes(n: Sequence[float], values: ArrayLike) -> np.ndarray:
     x, y = np.log(np.asarray(n, dtype=np.float64)), np.log(np.asarray(values, dtype=np.float64))
     x = x - x.mean()
     return y @ x / (x @ x)
+
+
+def resampled_means(values: np.ndarray, seed: int = 0, draws: int = 1000) -> np.ndarray:
+    """Bootstrap means over the last axis, [..., repetitions] -> [..., draws]: a repetition is drawn
+    for everything else at once, as paired comparisons want it.
+    """
+    count = values.shape[-1]
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    weights = np.stack([np.bincount(pick, minlength=count) for pick in picks]) / count
+    return np.asarray(values @ weights.T)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lit_sparse.recipes.study.stats import Estimate
+from lit_sparse.recipes.study.stats import Estimate, resampled_means
 from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES
 
 READINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"mean": np.mean, "worst": np.max}
@@ -15,7 +15,6 @@ READINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"mean": np.mean,
 equally many; and that of the length which fares worst."""
 
 _CONSTANT = RULES.index(CONSTANT)
-_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def compare(values: np.ndarray, reading: str, seed: int = 0) -> Comparison:
     """
     over_lengths = READINGS[reading]
     errors = over_lengths(values.mean(-1), 2)
-    drawn = over_lengths(_resampled_means(values, seed), 2)
+    drawn = over_lengths(resampled_means(values, seed), 2)
     gains = drawn[:, [_CONSTANT]] - drawn
     low, high = np.percentile(gains, [2.5, 97.5], axis=-1)
     return Comparison(errors, errors[:, [_CONSTANT]] - errors, low, high)
@@ -77,7 +76,7 @@ def keys_ratio(
     """
     over_lengths = READINGS[reading]
     errors = over_lengths(values.mean(-1), 2)[..., None]
-    drawn = over_lengths(_resampled_means(values, seed), 2)
+    drawn = over_lengths(resampled_means(values, seed), 2)
     both = np.concatenate([errors, drawn], -1)
     # Errors fall as costs rise; np.interp wants them to rise.
     falling = np.minimum.accumulate(both[:, _CONSTANT], axis=0)[::-1]
@@ -89,11 +88,3 @@ def keys_ratio(
     ratios = np.array(needed) / costs[at]
     low, high = np.percentile(ratios[1:], [2.5, 97.5])
     return Estimate(float(ratios[0]), float(low), float(high))
-
-
-def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """Bootstrap means over the last axis: [..., rows] -> [..., draws]."""
-    rows = values.shape[-1]
-    picks = np.random.default_rng(seed).integers(rows, size=(_DRAWS, rows))
-    weights = np.stack([np.bincount(pick, minlength=rows) for pick in picks]) / rows
-    return values @ weights.T

@@ -67,7 +67,7 @@ def _adaptive(
             f"the error of {costs[middle]:.0f} adaptive keys a constant window takes "
             f"{_ratios(ratios)} times as many (more than {most:.2g} was not tried)"
         )
-    outcome = _outcome(all(won == total for won in wins), any(wins))
+    outcome = Outcome.of(all(won == total for won in wins), any(wins))
     return Verdict(
         "On mixed lengths the window alpha n^.5 errs less than a constant one of equal mean cost "
         f"({what}).",
@@ -95,7 +95,7 @@ def best_exponent(found: Errors) -> Verdict:
         near += int((abs(worst - regime.exponent) <= _STEP).sum())
         below += int((mean < worst).sum())
         total += len(worst)
-    outcome = _outcome(near == total and not below, near > total / 2)
+    outcome = Outcome.of(near == total and not below, near > total / 2)
     limit = (
         f"of the exponents tried, 0 to 1 by {_STEP:g}; for the mean of lengths a lower one is best "
         f"in {below} of {total} cases: a key is worth more to a row that sees few"
@@ -125,7 +125,7 @@ def slow_windows(found: Growth, seed: int) -> Verdict:
     numbers = "; ".join(
         f"{name} {one[name]}, largest of n rows {largest[name]}" for name in persistence.WINDOWS
     )
-    outcome = _outcome(all(persist) and falls and not shrinks, persist[0] and falls)
+    outcome = Outcome.of(all(persist) and falls and not shrinks, persist[0] and falls)
     limit = (
         f"One row's error shrinks with {' and '.join(shrinks)} keys too, but more slowly than with "
         "any power of n that was tried"
@@ -149,12 +149,6 @@ def all_verdicts(
         best_exponent(rows),
         slow_windows(growth, seed),
     ]
-
-
-def _outcome(holds: bool, partly: bool) -> Outcome:
-    if holds:
-        return Outcome.SUPPORTED
-    return Outcome.LIMITED if partly else Outcome.NOT_HERE
 
 
 def _ratios(ratios: Sequence[Estimate]) -> str:
