@@ -1,5 +1,7 @@
 """Study `alpha`: the front against brute force, and verdicts where the answer is known."""
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
+from lit_sparse.cli import main
 from lit_sparse.recipes.study.alpha.laws import Candidate, grid, presets
 from lit_sparse.recipes.study.alpha.measure import Losses, Measured
 from lit_sparse.recipes.study.alpha.pareto import distances, front, front_error
@@ -88,3 +91,19 @@ def test_a_task_that_the_dense_model_cannot_do_has_no_weight():
     assert text.outcome is Outcome.SUPPORTED
     assert passkey.outcome is Outcome.NOT_HERE
     assert "cannot do the task (made)" in passkey.limit
+
+
+@pytest.mark.slow
+def test_the_quick_form_calibrates_and_holds_laws_against_each_other(small_model, tmp_path):
+    asked = ["study", "alpha", str(small_model), "--quick", "--out", str(tmp_path / "out")]
+    assert main([*asked, "--work", str(tmp_path)]) == 0
+    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]
+    assert len(verdicts) == 5
+    assert (tmp_path / "out" / "losses.png").stat().st_size > 10_000
+    with (tmp_path / "out" / "losses.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["task"] == "text"]
+    kinds = {line["kind"] for line in lines}
+    assert kinds == {"calibrated", "grid", "preset"}
+    # More keys of one C are more keys that are read.
+    keys = [float(line["executed keys"]) for line in lines if line["kind"] == "grid"]
+    assert keys[:4] == sorted(keys[:4])

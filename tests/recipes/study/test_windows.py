@@ -1,5 +1,7 @@
 """Study `windows`: costs against brute force, what a verdict says where the answer is known."""
 
+import csv
+import json
 import math
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from lit_sparse.attention import select
 from lit_sparse.budget import Budget
+from lit_sparse.cli import main
 from lit_sparse.recipes.study.findings import Outcome
 from lit_sparse.recipes.study.windows.compare import compare, keys_ratio
 from lit_sparse.recipes.study.windows.cost import (
@@ -136,3 +139,21 @@ def test_the_verdict_on_the_exponent_wants_that_of_the_need():
         values[:, number, :, [rule.exponent for rule in RULES].index(regime.exponent)] = 0.5
     assert best_exponent(Errors((64, 512), (16.0,), values)).outcome is Outcome.SUPPORTED
     assert best_exponent(Errors((64, 512), (16.0,), values[:, ::-1])).outcome is Outcome.NOT_HERE
+
+
+@pytest.mark.slow
+def test_the_quick_form_reports_on_rows_and_on_a_model(small_model, tmp_path):
+    asked = ["study", "windows", str(small_model), "--quick", "--out", str(tmp_path / "out")]
+    assert main([*asked, "--work", str(tmp_path)]) == 0
+    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]
+    assert len(verdicts) == len(NORMS) + 3 + 2
+    for name in ("synthetic_cost", "synthetic_length", "slow_windows", "trained_cost"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    # What theory says: a window of n^.5 keys has a falling error, one of o(log n) has not.
+    assert verdicts[-1]["outcome"] != Outcome.NOT_HERE.value
+    with (tmp_path / "out" / "trained_executed.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3
+    for line in lines:
+        keys = [float(line[rule.name]) for rule in RULES]
+        assert max(keys) == pytest.approx(min(keys), rel=0.02)
