@@ -24,9 +24,8 @@ LONGEST = 2048
 REFERENCES = (8192, 32768)
 """Contexts at which a preset's share of the keys is taken over to the longest one here."""
 
-
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 """The grid: C, and keys of the longest context."""
 
 MISSED = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)

@@ -24,7 +24,14 @@ from lit_sparse.recipes.study.alpha.laws import (
     presets,
 )
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import Reading, Row, random_pieces, read, read_densely
+from lit_sparse.recipes.study.reading import (
+    Reading,
+    Row,
+    model_name,
+    random_pieces,
+    read,
+    read_densely,
+)
 from lit_sparse.recipes.study.windows.cost import mixture
 
 TEXT = "text"
@@ -101,12 +108,12 @@ def measure(settings: Settings, path: Path) -> Measured:
         for name, own in rows.items():
             found[name].append([read(subject.model, row) for row in own])
     losses = [_losses(name, rows[name], dense[name], found[name]) for name in rows]
-    return Measured(path.name, context, laws, losses)
+    return Measured(model_name(path), context, laws, losses)
 
 
 def _rows(settings: Settings, subject: Subject, context: int) -> dict[str, list[Row]]:
     """Rows of text and of each task, which mix lengths."""
-    count = 2 if settings.quick else 12
+    count = 2 if settings.quick else 10
     rng = np.random.default_rng(settings.seed)
     documents = other_documents(subject)
     lengths = mixture(context // 4, context)

@@ -99,7 +99,8 @@ def solve(rule: Rule, cost: Callable[[Budget], float], target: float, **others: 
         if high > target * 2**20:
             raise ValueError(f"no window costs {target:g} keys: the documents are too short")
         low, high = high, 2 * high
-    while high - low > 1e-6 * high:
+    # Not for ever where the least window, what is always kept, costs as much already.
+    while high - low > 1e-6 * high and high > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if cost(rule.make(middle, **others)) < target else (low, middle)
     both = [rule.make(scale, **others) for scale in (low, high) if scale > 0]

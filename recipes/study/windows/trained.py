@@ -14,7 +14,7 @@ from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.measure import load, longest_context
 from lit_sparse.recipes.calibrate.texts import open_documents
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import Row, random_pieces, read, read_densely
+from lit_sparse.recipes.study.reading import Row, model_name, random_pieces, read, read_densely
 from lit_sparse.recipes.study.windows.cost import (
     CONSTANT,
     RULES,
@@ -29,7 +29,7 @@ BLOCK = TILE = SINK = 4
 LONGEST = 2048
 """Of a model with a longer context so much is used, in tokens."""
 
-SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8)
 """Of the longest context: keys of the constant windows."""
 
 NORMS = ("loss difference", "missed mass", "relative output error")
@@ -128,4 +128,4 @@ def measure(settings: Settings, path: Path) -> Trained:
                 ]
             executed[i, j] = np.mean(read_keys)
     dense_loss = np.mean([by_length(found.loss) for found in dense], axis=0)
-    return Trained(path.name, lengths, executed, values, dense_loss)
+    return Trained(model_name(path), lengths, executed, values, dense_loss)

@@ -77,6 +77,13 @@ def test_a_cost_that_no_window_has_is_refused():
         solve(ADAPTIVE, lambda b: mean_keys(b, (64,)), 100)
 
 
+def test_a_cost_that_the_least_window_has_is_met_by_it():
+    documents = mixture(64, 128)
+    least = executed_keys(CONSTANT.make(1, sink=4), documents, 4, 4)
+    budget = solve(ADAPTIVE, lambda b: executed_keys(b, documents, 4, 4), least, sink=4)
+    assert executed_keys(budget, documents, 4, 4) == least
+
+
 def test_errors_of_a_row_are_those_of_their_definition():
     logits, values = draw(50, torch.Generator().manual_seed(1))
     assert bool((logits.diff() <= 0).all())
