@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,17 @@ def test_a_task_that_the_dense_model_cannot_do_has_no_weight():
     assert text.outcome is Outcome.SUPPORTED
     assert passkey.outcome is Outcome.NOT_HERE
     assert "cannot do the task (made)" in passkey.limit
+
+
+def test_a_calibration_that_leaves_every_layer_dense_is_no_law():
+    found = _measured(0.15)
+    losses = [
+        replace(own, keys=own.keys[1:], loss=own.loss[1:], right=own.right[1:])
+        for own in found.losses
+    ]
+    text, _ = on_the_front([replace(found, laws=found.laws[1:], losses=losses)], 0)
+    assert text.outcome is Outcome.NOT_HERE
+    assert text.limit == "The calibration leaves every layer dense at every target."
 
 
 @pytest.mark.slow
