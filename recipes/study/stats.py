@@ -47,3 +47,13 @@ def crossing(
         return Estimate(np.nan, np.nan, np.nan)
     low, high = np.nanpercentile(found[1:], [2.5, 97.5])
     return Estimate(float(found[0]), float(low), float(high))
+
+
+def resampled_means(values: np.ndarray, seed: int = 0, draws: int = 1000) -> np.ndarray:
+    """Bootstrap means over the last axis, [..., repetitions] -> [..., draws]: a repetition is drawn
+    for everything else at once, as paired comparisons want it.
+    """
+    count = values.shape[-1]
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    weights = np.stack([np.bincount(pick, minlength=count) for pick in picks]) / count
+    return np.asarray(values @ weights.T)
