@@ -37,6 +37,13 @@ class Outcome(str, Enum):
     LIMITED = "supported with a limit"
     NOT_HERE = "not supported here"
 
+    @classmethod
+    def of(cls, supported: bool, limited: bool) -> Outcome:
+        """By two conditions, of which the first counts first."""
+        if supported:
+            return cls.SUPPORTED
+        return cls.LIMITED if limited else cls.NOT_HERE
+
 
 @dataclass(frozen=True)
 class Verdict:
