@@ -3,6 +3,7 @@ entries of mean 0 (arXiv 2404.02690)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -49,6 +50,11 @@ class Entries(Inputs):
     @property
     def dimension_share(self) -> float:
         return sum(self._dimensions) / len(self._dimensions)
+
+
+def normal_largest(entries: Entries) -> float:
+    """sqrt(2 ln N): about the largest of as many normal entries of root mean square 1."""
+    return math.sqrt(2 * math.log(entries.tokens * entries.total.numel()))
 
 
 def token_cosine(x: Tensor) -> float:

@@ -47,9 +47,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Of the directory; where that is named as every run names it, of the run."""
-        path = self.path.absolute()
-        return path.parent.name if path.name == "huggingface" else path.name
+        return name_of(self.path)
 
     @property
     def weights(self) -> str:
@@ -76,9 +74,22 @@ class Subject:
         return open_documents(self.path, "stdlib", self.vocabulary)
 
 
+def name_of(path: Path) -> str:
+    """Of a model's directory; where that is named as every run names it, of the run."""
+    path = path.absolute()
+    return path.parent.name if path.name == "huggingface" else path.name
+
+
 def given(settings: Settings) -> list[Path]:
-    """Directories of the models that the user names, or of the one that the study trains."""
+    """Directories of the models that the user names, or of the one that the study trains.
+
+    Raises:
+        BadArgument: two have the same name, by which a report knows them.
+    """
     if settings.models:
+        names = [name_of(path) for path in settings.models]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise BadArgument(f"MODEL: two directories are named {twice[0]}; give one another name")
         return list(settings.models)
     from lit_sparse.recipes.study.base import base_model
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_sparse.recipes.study.entries import Entries
 from lit_sparse.recipes.study.findings import Chart
-from lit_sparse.recipes.study.inputs import Entries
 from lit_sparse.recipes.study.layers.depth import MAIN, Depth
 from lit_sparse.recipes.study.report import COLOURS
 

@@ -16,7 +16,7 @@ from lit_sparse.calibration import Needs
 from lit_sparse.models import observe
 from lit_sparse.recipes.calibrate.measure import late_rows
 from lit_sparse.recipes.inspect.measure import watch_inputs
-from lit_sparse.recipes.study.inputs import Entries
+from lit_sparse.recipes.study.entries import Entries
 from lit_sparse.recipes.study.subjects import Subject
 
 SINK, LOCAL = SINK_TOKENS, 16

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from lit_sparse.recipes.study.entries import normal_largest
 from lit_sparse.recipes.study.findings import Table
 from lit_sparse.recipes.study.layers.depth import Depth
-from lit_sparse.recipes.study.layers.verdicts import normal_largest
 from lit_sparse.recipes.study.stats import mean_of
 
 WHO = ("model", "weights", "text", "layer")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_sparse.recipes.inspect.report import NOT_CENTRED
+from lit_sparse.recipes.study.entries import Entries, normal_largest
 from lit_sparse.recipes.study.findings import Outcome, Verdict
-from lit_sparse.recipes.study.inputs import Entries
 from lit_sparse.recipes.study.layers.depth import Depth, change_over_depth
 
 # Difference of C between layers that is worth a law of their own.
@@ -58,7 +58,7 @@ def _every_layer(trained: Sequence[Depth]) -> Verdict:
     return Verdict(
         "In trained models with residuals and normalisation a row needs n^C keys, C < 1, at every "
         "depth.",
-        _outcome(everywhere, mostly),
+        Outcome.of(everywhere, mostly),
         f"{exponents}. Heads whose 95 % interval of C is below 1: {counts}",
         "" if everywhere else "in the layers and heads that the count leaves out C = 1 is possible",
     )
@@ -78,7 +78,7 @@ def _gaussian(trained: Sequence[Depth]) -> Verdict:
     return Verdict(
         "Independent Gaussian logits with the spread that each row has, a row of the theory, "
         "explain C.",
-        _outcome(close >= 0.9 * len(gaps), close >= 0.5 * len(gaps)),
+        Outcome.of(close >= 0.9 * len(gaps), close >= 0.5 * len(gaps)),
         f"{said}; C within {_CLOSE:g} of theirs in {_counted(close, len(gaps))}",
         "" if close >= 0.9 * len(gaps) else "the other heads' logits are of another shape",
     )
@@ -95,7 +95,7 @@ def _by_nature(random: Sequence[Depth], trained: Sequence[Depth]) -> Verdict:
     )
     return Verdict(
         "Attention is n^C-sparse by nature: the same architecture with random weights is, too.",
-        _outcome(count == of, 2 * count >= of),
+        Outcome.of(count == of, 2 * count >= of),
         f"random weights: {shares} by layer; C below 1 in {_counted(count, of)}. Trained: "
         f"{against}",
         "" if count == of else "as its config draws the weights; what makes it sparse is training",
@@ -115,7 +115,7 @@ def _one_exponent(trained: Sequence[Depth], seed: int) -> Verdict:
     )
     return Verdict(
         "One C serves every depth: it does not change from layer to layer.",
-        _outcome(steady and alike, steady or alike),
+        Outcome.of(steady and alike, steady or alike),
         said or "one layer",
         ""
         if steady and alike
@@ -133,7 +133,7 @@ def _power_law(trained: Sequence[Depth]) -> Verdict:
     counted = ", ".join(f"{name} {forms.count(name)}" for name in dict.fromkeys(sorted(forms)))
     return Verdict(
         "A power of n is the form of the need, at every depth.",
-        _outcome(best >= 0.5 and fits >= 0.9, fits >= 0.5),
+        Outcome.of(best >= 0.5 and fits >= 0.9, fits >= 0.5),
         f"best by BIC: {counted} of {len(forms)} heads; no other form is better by more than "
         f"{_STRONG:g} in {_counted(round(fits * len(forms)), len(forms))}",
         "" if best >= 0.5 and fits >= 0.9 else "other forms fit as well or better in many heads",
@@ -155,7 +155,7 @@ def _assumptions(trained: Sequence[Depth]) -> Verdict:
     return Verdict(
         "What enters attention after normalisation is what the theory assumes, at every depth: "
         "bounded, independent entries of mean 0.",
-        _outcome(all(held.values()), bounded),
+        Outcome.of(all(held.values()), bounded),
         f"by layer: largest over RMS {span(lambda x: x.largest_over_rms)} (normal entries: "
         f"{span(normal_largest)}), excess kurtosis {span(lambda x: x.excess_kurtosis)}; power that "
         f"all tokens share {span(lambda x: x.mean_share)}; cosine of two tokens "
@@ -165,15 +165,6 @@ def _assumptions(trained: Sequence[Depth]) -> Verdict:
         if all(held.values())
         else "they are not " + ", nor ".join(name for name, holds in held.items() if not holds),
     )
-
-
-def normal_largest(entries: Entries) -> float:
-    """sqrt(2 ln N): about the largest of as many normal entries of root mean square 1."""
-    return math.sqrt(2 * math.log(entries.tokens * entries.total.numel()))
-
-
-def _outcome(holds: bool, partly: bool) -> Outcome:
-    return Outcome.SUPPORTED if holds else Outcome.LIMITED if partly else Outcome.NOT_HERE
 
 
 def _by_model(found: Sequence[Depth], say: Callable[[Depth], str]) -> str:
