@@ -16,6 +16,9 @@ from lit_sparse.recipes.study.layers.depth import Depth, change_over_depth
 # Difference of C between layers that is worth a law of their own.
 _APART = 0.2
 
+# Change of C from the first layer to the last that is none.
+_STEADY = 0.05
+
 # Difference of C that explains it.
 _CLOSE = 0.1
 
@@ -106,7 +109,7 @@ def _one_exponent(trained: Sequence[Depth], seed: int) -> Verdict:
     deep = [d for d in trained if len(d.main.layers) > 1]
     changes = [change_over_depth(d.main.raw_exponent, seed) for d in deep]
     spreads = [float(x.max() - x.min()) for d in deep for x in [d.main.raw_exponent.mean(1)]]
-    steady = bool(deep) and all(c.low <= 0 <= c.high for c in changes)
+    steady = bool(deep) and all(c.low < _STEADY and c.high > -_STEADY for c in changes)
     alike = max(spreads, default=math.inf) < _APART
     said = "; ".join(
         f"{d.measured.subject.name}: {c} from the first layer to the last, layers differ by up to "
