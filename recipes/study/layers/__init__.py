@@ -8,6 +8,7 @@ Whether n^C-sparsity survives layers with residuals and normalisation is an open
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.study import subjects
@@ -50,23 +51,22 @@ def run(settings: Settings) -> Findings:
 
 
 def lengths(context: int, quick: bool = False) -> list[int]:
-    """Those of the texts, for a model whose positions reach `context` tokens: a factor 8 or less.
-
-    Raises:
-        BadArgument: no law can be fitted to so short contexts.
+    """Those of the texts, for a model whose positions reach `context` tokens: over a factor 8, or
+    less where that would be shorter than SHORTEST.
     """
     longest = min(context, LONGEST)
     sixteenths = (2, 4, 8, 16) if quick else (2, 3, 4, 6, 8, 12, 16)
-    found = [length for part in sixteenths if (length := longest * part // 16) >= SHORTEST]
-    if longest < 4 * SHORTEST:
+    return [length for part in sixteenths if (length := longest * part // 16) >= SHORTEST]
+
+
+def _of_model(settings: Settings, path: Path) -> Iterator[Depth]:
+    own = subjects.trained(path)
+    if own.context < 4 * SHORTEST:
         raise BadArgument(
-            f"MODEL has positions for {context} tokens, the study layers needs {4 * SHORTEST}"
+            f"MODEL {path} has positions for {own.context} tokens; a law is fitted to contexts "
+            f"from {SHORTEST} tokens to four times as many"
         )
-    return found
-
-
-def _of_model(settings: Settings, path: subjects.Path) -> Iterator[Depth]:
-    own, random = subjects.trained(path), subjects.untrained(path, settings.seed)
+    random = subjects.untrained(path, settings.seed)
     for subject, kind in ((own, "source"), (own, "random tokens"), (random, "source")):
         settings.progress(f"{subject.name}, {subject.weights} weights, {subjects.KINDS[kind]}")
         yield _look(settings, subject, kind)
@@ -81,7 +81,7 @@ def _look(settings: Settings, subject: Subject, kind: str) -> Depth:
 
 
 def _texts_of_a_length(settings: Settings) -> int:
-    return 8 if settings.quick else 32
+    return 8 if settings.quick else 16
 
 
 def _notes(found: list[Depth]) -> list[str]:

@@ -51,7 +51,7 @@ def _height(found: Sequence[Depth]) -> float:
 def _keys(found: Sequence[Depth], figure: Any) -> None:
     rows = -(-len(found) // _ACROSS)
     grid = figure.subplots(rows, _ACROSS, squeeze=False, sharex=True, sharey=True).flatten()
-    for axes, depth in zip(grid, found, strict=False):
+    for number, (axes, depth) in enumerate(zip(grid, found, strict=False)):
         needs = depth.measured.needs[MAIN]
         groups = depth.measured.by_length()
         n = [float(needs.context[own].double().mean()) for own in groups.values()]
@@ -71,7 +71,8 @@ def _keys(found: Sequence[Depth], figure: Any) -> None:
         axes.set_yticks(ys := [2**i for i in range(13) if 2**i <= 1.2 * max(n)], map(str, ys))
         axes.set_ylim(bottom=1)
         axes.grid(alpha=0.25)
-    grid[0].legend(fontsize=8)
+        if number % _ACROSS == 0:
+            axes.legend(fontsize=8)
     for axes in grid[len(found) :]:
         axes.set_visible(False)
 
@@ -99,12 +100,13 @@ def _heads(found: Sequence[Depth], figure: Any) -> None:
     )
     grid = figure.subplots(len(found), len(maps), squeeze=False)
     for i, depth in enumerate(found):
+        step = -(-len(depth.main.layers) // 8)
         for j, (title, of, top) in enumerate(maps):
             axes, values = grid[i, j], of(depth)
             image = axes.imshow(values, vmin=0, vmax=top, cmap="cividis", aspect="auto")
             _numbers(axes, values, top)
             axes.set_xticks(range(values.shape[1]) if values.shape[1] <= 8 else [])
-            axes.set_yticks(range(len(values)) if len(values) <= 8 else [], depth.main.layers[:8])
+            axes.set_yticks(range(0, len(values), step), depth.main.layers[::step])
             if i == 0:
                 axes.set_title(title, fontsize=10)
             if i == len(found) - 1:
@@ -115,7 +117,7 @@ def _heads(found: Sequence[Depth], figure: Any) -> None:
 
 def _numbers(axes: Any, values: Tensor, top: float) -> None:
     """In the cells, where there is room."""
-    if values.numel() > 64:
+    if len(values) > 8 or values.shape[1] > 5:
         return
     for place, layer in enumerate(values.tolist()):
         for head, value in enumerate(layer):

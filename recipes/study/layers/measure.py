@@ -87,7 +87,7 @@ def measure(subject: Subject, kind: str, texts: Sequence[Tensor], rows: int, see
             sinks.append(torch.stack([masses[layer][0] for layer in subject.layers], 1))
             locals_.append(torch.stack([masses[layer][1] for layer in subject.layers], 1))
     needs = {
-        key: Needs.gather(each, missed=key[1], block=1, sink=0, local=0, layers=subject.layers)
+        key: Needs.gather(each, missed=key[1], sink=0, local=0, layers=subject.layers)
         for key, each in measured.items()
     }
     lengths = torch.tensor([len(text) for text in texts])[needs["all", MISSED[0]].document]
@@ -98,7 +98,7 @@ def without(
     q: Tensor, k: Tensor, rows: Tensor, sink: int, local: int, missed: float, options: Options
 ) -> RowNeed:
     """`rows_need` where sink and local tokens are not there at all: nobody keeps or counts them."""
-    need = rows_need(q, k, rows, missed=missed, block=1, sink=sink, local=local, options=options)
+    need = rows_need(q, k, rows, missed=missed, sink=sink, local=local, options=options)
     left_out = sink + local
     counted = {name: getattr(need, name) - left_out for name in ("keys", "block_keys")}
     return replace(need, context=need.context - left_out, **counted)

@@ -32,12 +32,12 @@ def run(settings: Settings) -> Findings:
     if not settings.models and (QUICKSTART / "config.json").is_file():
         models.append(QUICKSTART)
     own = [subjects.trained(path) for path in models]
-    count = 4 if settings.quick else 32
+    count = 4 if settings.quick else 16
     found, rotated = [], []
     for subject in (*own, subjects.untrained(models[0], settings.seed)):
         found += _on_all_texts(subject, settings, count)
     for subject in own:
-        rotated += rotate(subject, settings, 2 if settings.quick else 12, _ROWS)
+        rotated += rotate(subject, settings, 2 if settings.quick else 6, _ROWS)
     return _findings(found, rotated, settings, count)
 
 
@@ -72,6 +72,7 @@ def _findings(
         tables=tables.all_of(found, rotated, settings.seed),
         charts=figures.all_of(found, rotated),
         notes=[
+            *_of_qk_norm(found),
             "Whether R grows as fast as sqrt(ln n) needs one model trained at several contexts: "
             "here each has one, and R is held against sqrt(2 ln n) at it.",
             "Rows enter the bound in root mean square: it is no bound of each row.",
@@ -81,3 +82,13 @@ def _findings(
         ],
         seeds=(settings.seed,),
     )
+
+
+def _of_qk_norm(found: list[Radii]) -> list[str]:
+    normed = {r.subject.name for r in found if any(x.ceiling is not None for x in r.norms)}
+    if not normed:
+        return []
+    return [
+        f"{', '.join(sorted(normed))} normalises queries and keys: R is that of the projections "
+        "before it, and the bound is the ceiling that the norm sets."
+    ]

@@ -103,7 +103,7 @@ def measure(subject: Subject, kind: str, texts: Sequence[Tensor], rows: int, see
     def look(layer: int, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
         out, lse, selection, options, _ = others
         seen = probe_rows(q, k, v, selection, drawn, options, out=out, lse=lse)
-        need = rows_need(q, k, drawn, missed=MISSED, block=1, sink=0, local=0, options=options)
+        need = rows_need(q, k, drawn, missed=MISSED, sink=0, local=0, options=options)
         found[layer].append((seen.logit_std, seen.logit_max, need.keys / need.context[:, None]))
 
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,6 @@ from lit_sparse import theory
 from lit_sparse.attention.options import Options
 from lit_sparse.calibration import Needs
 from lit_sparse.models import build_model
-from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.study import main
 from lit_sparse.recipes.study.findings import Outcome
 from lit_sparse.recipes.study.layers import lengths
@@ -117,12 +116,18 @@ def test_change_over_depth_is_the_line_from_first_to_last():
     assert 0.19 < found.low < found.mean < found.high < 0.61
 
 
-def test_lengths_end_at_the_context_and_short_ones_are_refused():
+def test_lengths_end_at_the_context():
     assert lengths(512) == [64, 96, 128, 192, 256, 384, 512]
     assert lengths(256, quick=True) == [64, 128, 256]
     assert max(lengths(131072)) == 4096
-    with pytest.raises(BadArgument, match="128 tokens"):
-        lengths(128)
+
+
+def test_a_model_of_a_short_context_is_refused(tmp_path, architecture, capsys):
+    build_model(architecture={**architecture, "max_position_embeddings": 128}).save_pretrained(
+        model := tmp_path / "short"
+    )
+    assert main(["layers", str(model), "--quick", "--work", str(tmp_path)]) == 2
+    assert f"{model} has positions for 128 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow
