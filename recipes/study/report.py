@@ -68,7 +68,8 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]
         for i in range(len(columns))
     ]
     rule = ["---:" if right else "---" for right in numeric]
-    return [f"| {' | '.join(line)} |" for line in (columns, rule, *cells)]
+    lines = [[text.replace("|", r"\|") for text in line] for line in (columns, rule, *cells)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _lines(title: str, findings: Findings, machine: dict[str, Any]) -> list[str]:
