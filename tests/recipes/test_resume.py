@@ -40,7 +40,7 @@ MONITORS = {
         "min_context": 64,
         "patience": 1,
     },
-    "PasskeyEval": {"prompts": 1, "generate": False},
+    "LongContextEval": {"prompts": 1, "generate": False},
     "StageReport": {},
     "Cockpit": {},
 }
@@ -73,7 +73,7 @@ CONFIG = {
         "rows_per_step": 2,
         "validation_rows": 1,
         "validation_fraction": 0.2,
-        "passkey_fraction": 0.5,
+        "tasks": {"passkey": 0.5},
     },
     "trainer": {
         "accelerator": "cpu",
