@@ -256,13 +256,7 @@ class PackedTextDataModule(LightningDataModule):
         if self._run is None:
             curriculum.check(row_tokens=self.row_tokens, block=self.block)
             weights = self._weights()
-            for task in self.planting.tasks:
-                if task.shortest > curriculum.longest:
-                    raise ValueError(
-                        f"data.tasks.{task.name} needs pieces of {task.shortest} tokens, and the "
-                        f"longest stage has {curriculum.longest}; leave it out, or lengthen "
-                        "curriculum.stages"
-                    )
+            self.planting.check(curriculum.longest)
             self._run = RunIndex.build(
                 self.stores, weights, curriculum, self.packing, self.cache_dir
             )

@@ -127,11 +127,13 @@ def test_recalls_are_more_that_was_told_before(tokenizers, name, kind):
 
 
 @EVERY
-def test_a_piece_that_is_too_short_is_refused(tokenizers, name, kind):
+def test_a_piece_too_short_and_a_depth_that_is_none_are_refused(tokenizers, name, kind):
     task = make_task(name, tokenizers[kind])
-    piece = tokenizers[kind].encode(TEXT)[: task.shortest - 1]
+    piece = tokenizers[kind].encode(TEXT)[: task.shortest]
     with pytest.raises(ValueError, match=rf"{name} needs pieces of at least {task.shortest}"):
-        task.plant(piece, np.random.default_rng(0))
+        task.plant(piece[1:], np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"depth must be in \[0, 1\], got 2"):
+        task.plant(piece, np.random.default_rng(0), depth=2)
 
 
 @EVERY
