@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lit_sparse.data.tasks.task import Planted, require_room
+from lit_sparse.data.tasks.task import Planted, check
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -58,7 +58,7 @@ class Copy:
         recalls: int = 0,
     ) -> Planted:
         """See `Task`; the whole piece is overwritten."""
-        require_room(self, tokens)
+        check(self, tokens, depth)
         n = len(tokens)
         period = max(-(-n // (2 + int(rng.integers(recalls + 1)))), self.shortest // 4)
         run = rng.choice(self._ids, period)
