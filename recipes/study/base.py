@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from lit_sparse.recipes.study.findings import Settings
@@ -12,24 +13,27 @@ CONTEXT = 512
 """Tokens of its longest stage."""
 
 
-def base_fit(settings: Settings) -> Fit:
+def base_fit(settings: Settings, keys: Mapping[str, str] | None = None) -> Fit:
     """The run of the base: its full form takes minutes, the quick one learns little more than which
     bytes there are.
+
+    Args:
+        keys: changes to its config, of the large form.
     """
-    seed = {"seed_everything": str(settings.seed), "data.seed": str(settings.seed)}
+    own = {"seed_everything": str(settings.seed), **(keys or {})}
+    if settings.large:
+        return Fit(f"base-large-{settings.seed}", "study_base", own)
     if not settings.quick:
-        return Fit(f"base-{settings.seed}", "study_base", seed)
+        return Fit(f"base-{settings.seed}", "study_base", own)
     stages = [{"length": 128, "steps": 60}, {"length": CONTEXT, "steps": 20}]
-    dense = [{**stage, "attention": "dense"} for stage in stages]
-    return Fit(
-        f"base-quick-{settings.seed}", "study_base", {**seed, "curriculum.stages": str(dense)}
-    )
+    dense = str([{**stage, "attention": "dense"} for stage in stages])
+    return Fit(f"base-quick-{settings.seed}", "study_base", {**own, "curriculum.stages": dense})
 
 
-def base_model(settings: Settings) -> Path:
+def base_model(settings: Settings, keys: Mapping[str, str] | None = None) -> Path:
     """Its Hugging Face directory: trained once, with all cores, and found again in
-    `settings.work`.
+    `settings.work`. Arguments as of `base_fit`.
     """
     threads = len(os.sched_getaffinity(0))
-    (run,) = run_fits([base_fit(settings)], settings.work, threads, settings.progress)
+    (run,) = run_fits([base_fit(settings, keys)], settings.work, threads, settings.progress)
     return run / "huggingface"

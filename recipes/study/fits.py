@@ -1,4 +1,4 @@
-"""`lit-sparse fit` in processes of their own: runs that a study needs, made once and found again."""
+"""`lit-sparse fit` in processes of their own: runs that are made once and found again."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ def _large(settings: Settings) -> Form:
         "sparse_attention.block": "64",
         "sparse_attention.tile": "null",
     }
-    stages = [{"length": n, "steps": s, "attention": "dense"} for n, s in ((256, 3000), (1024, 3000))]
+    stages = [
+        {"length": n, "steps": s, "attention": "dense"} for n, s in ((256, 3000), (1024, 3000))
+    ]
     base = {
         "curriculum.stages": str(stages),
         "data.row_tokens": "16384",
