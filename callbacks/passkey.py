@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_sparse.callbacks.common import datamodule_of, transformers_models
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.data.tasks import make_task, prompts
 from lit_sparse.models import is_sparse, whole_sequences
 
 
@@ -48,23 +49,24 @@ class PasskeyEval(Callback):
             return
         data: PackedTextDataModule = datamodule_of(trainer)
         model: Any = transformers_models(pl_module)[0]
-        ids, start, answers = data.passkey.prompts(
+        asked = prompts(
+            make_task("passkey", data.text_tokenizer),
             data.validation_text,
             data.validation_length,
             self.prompts,
             np.random.default_rng(self.seed),
         )
-        tokens = torch.from_numpy(ids).to(pl_module.device)
-        wanted = torch.from_numpy(answers).to(pl_module.device)
+        start = asked.answer_start
+        tokens = torch.from_numpy(asked.ids).to(pl_module.device)
         right, generated = [], []
         whole = whole_sequences(model) if is_sparse(model) else nullcontext()
         # Where parameters are sharded every call needs all ranks: all make the same calls.
         with whole, trainer.precision_plugin.forward_context():
-            for prompt, answer in zip(tokens.split(1), wanted.split(1), strict=True):
+            for prompt in tokens.split(1):
+                question, answer = prompt[:, :start], prompt[:, start:]
                 logits = model(prompt, use_cache=False, logits_to_keep=answer.shape[1] + 1).logits
                 right.append(logits[:, :-1].argmax(-1) == answer)
                 if self.generate:
-                    question = prompt[:, :start]
                     written = model.generate(
                         question,
                         attention_mask=torch.ones_like(question),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_sparse.data.aggregation import CommonWord
 from lit_sparse.data.documents import Documents
-from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows.index import FILLER, RowIndex
 from lit_sparse.data.rows.mixture import schedule
 from lit_sparse.data.stores.store import TokenStore
+from lit_sparse.data.tasks import CommonWord, Passkey
 from lit_sparse.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from lit_sparse.data.loading import (
     ValidationRows,
     ValidationSampler,
 )
-from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows.run import Packing, RunIndex
 from lit_sparse.data.stores.store import TokenStore, unigram_bits
+from lit_sparse.data.tasks.planting import Planting, check_shares
 from lit_sparse.data.tokenizer import Tokenizer
 from lit_sparse.distributed import ranks_of
 from lit_sparse.training.curriculum import Curriculum
@@ -65,10 +65,11 @@ class PackedTextDataModule(LightningDataModule):
             an epoch. None: all come once.
         validation_fraction: share of the documents that is kept for validation, in (0, 1).
         validation_rows: rows of a validation pass, at most (fewer if the documents hold less).
-        passkey_fraction: share of the training pieces that a passkey is planted in, in [0, 1].
-        passkey_recalls: repetitions of the passkey inside such a piece.
+        tasks: names of `lit_sparse.data.tasks.TASKS` with the shares of the training pieces of text
+            that carry them, together at most 1.
+        task_recalls: how many statements, or questions with their answers, more such a piece holds.
         text_field: key or column of the text in records of a corpus that is not packed yet.
-        seed: of the split, the order and the passkeys.
+        seed: of the split, the order and the tasks.
         num_workers: processes that assemble rows; 0 is the training process itself.
         cache_dir: where packed corpora and rows are kept; None: $LIT_SPARSE_CACHE or the user's
             cache folder.
@@ -93,8 +94,8 @@ class PackedTextDataModule(LightningDataModule):
         upsample_times: float = 1.0,
         validation_fraction: float = 0.05,
         validation_rows: int = 8,
-        passkey_fraction: float = 0.0,
-        passkey_recalls: int = 0,
+        tasks: dict[str, float] | None = None,
+        task_recalls: int = 0,
         text_field: str = "text",
         seed: int = 0,
         num_workers: int = 0,
@@ -115,13 +116,13 @@ class PackedTextDataModule(LightningDataModule):
         require(packing in ("best_fit", "concat"), "packing", "best_fit or concat", packing)
         require(0 < fraction < 1, "validation_fraction", "in (0, 1)", fraction)
         require(validation_rows >= 1, "validation_rows", ">= 1", validation_rows)
-        require(0 <= passkey_fraction <= 1, "passkey_fraction", "in [0, 1]", passkey_fraction)
-        require(passkey_recalls >= 0, "passkey_recalls", ">= 0", passkey_recalls)
+        require(task_recalls >= 0, "task_recalls", ">= 0", task_recalls)
         require(1 <= upsample_times < math.inf, "upsample_times", ">= 1", upsample_times)
         longer = upsample_longer_than
         require(longer is None or longer >= 1, "upsample_longer_than", ">= 1 or null", longer)
         require(seed >= 0, "seed", ">= 0", seed)
         require(num_workers >= 0, "num_workers", ">= 0", num_workers)
+        check_shares(tasks or {})
         self.path, self.tokenizer, self.text_field = path, tokenizer, text_field
         self.pretrained = pretrained
         self.packing = Packing(
@@ -134,7 +135,7 @@ class PackedTextDataModule(LightningDataModule):
             seed=seed,
         )
         self.validation_rows = validation_rows
-        self.passkey_fraction, self.passkey_recalls = passkey_fraction, passkey_recalls
+        self.tasks, self.task_recalls = dict(tasks or {}), task_recalls
         self.num_workers, self.cache_dir = num_workers, cache_dir
         self.curriculum, self.block = curriculum, block
         self.start_step = 0
@@ -163,9 +164,9 @@ class PackedTextDataModule(LightningDataModule):
         return self.text_tokenizer.vocab_size
 
     @cached_property
-    def passkey(self) -> Passkey:
-        """The retrieval task in the tokens of this tokenizer."""
-        return Passkey(self.text_tokenizer, recalls=self.passkey_recalls)
+    def planting(self) -> Planting:
+        """The tasks of the training pieces, in the tokens of this tokenizer."""
+        return Planting(self.tasks, self.text_tokenizer, self.task_recalls)
 
     @cached_property
     def stores(self) -> dict[str, TokenStore]:
@@ -196,9 +197,10 @@ class PackedTextDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """What decides the tokens of every step: other data, another fingerprint."""
         parts = [store.fingerprint for store in self.stores.values()]
-        settings = [asdict(self.packing), self._weights().tolist(), self.passkey_fraction]
+        settings = [asdict(self.packing), self._weights().tolist()]
+        tasks = [*self.tasks.items(), self.task_recalls]
         stages = [(stage.length, stage.steps) for stage in self._curriculum().stages]
-        text = json.dumps([parts, settings, self.passkey_recalls, stages], sort_keys=True)
+        text = json.dumps([parts, settings, tasks, stages], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
@@ -254,12 +256,13 @@ class PackedTextDataModule(LightningDataModule):
         if self._run is None:
             curriculum.check(row_tokens=self.row_tokens, block=self.block)
             weights = self._weights()
-            if self.passkey_fraction and self.passkey.shortest > curriculum.longest:
-                raise ValueError(
-                    f"data.passkey_fraction = {self.passkey_fraction}, but a passkey needs pieces "
-                    f"of {self.passkey.shortest} tokens and the longest stage has "
-                    f"{curriculum.longest}"
-                )
+            for task in self.planting.tasks:
+                if task.shortest > curriculum.longest:
+                    raise ValueError(
+                        f"data.tasks.{task.name} needs pieces of {task.shortest} tokens, and the "
+                        f"longest stage has {curriculum.longest}; leave it out, or lengthen "
+                        "curriculum.stages"
+                    )
             self._run = RunIndex.build(
                 self.stores, weights, curriculum, self.packing, self.cache_dir
             )
@@ -280,9 +283,9 @@ class PackedTextDataModule(LightningDataModule):
         if self.trainer is not None:
             start = self.trainer.global_step
             counted = _align(self.trainer, start * self.rows_per_step // world)
-        passkey = self.passkey if self.passkey_fraction else None
+        planting = self.planting if self.planting.tasks else None
         return self._loader(
-            TrainingRows(self.run, passkey, self.passkey_fraction, self.packing.seed),
+            TrainingRows(self.run, planting, self.packing.seed),
             TrainingSampler(len(self.run), self.rows_per_step, rank, world, start, counted),
         )
 

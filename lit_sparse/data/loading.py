@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_sparse.data.documents import Documents
-from lit_sparse.data.retrieval import Passkey
 from lit_sparse.data.rows.index import FILLER, RowIndex
 from lit_sparse.data.rows.run import RunIndex, loss_counter
 from lit_sparse.data.rows.validation import count_fixed_rows, fixed_rows
 from lit_sparse.data.stores.store import TokenStore
+from lit_sparse.data.tasks.planting import Planting
 
 IGNORED = -100
 """Label of a token that has nothing to predict."""
@@ -27,8 +27,7 @@ def assemble(
     store: TokenStore,
     rows: RowIndex,
     row: int,
-    passkey: Passkey | None = None,
-    fraction: float = 0.0,
+    planting: Planting | None = None,
     seed: int | tuple[int, ...] = 0,
 ) -> Batch:
     """Assemble one row.
@@ -37,9 +36,8 @@ def assemble(
         store: the documents of the row index.
         rows: the row index.
         row: number of the row.
-        passkey: planted in a piece with probability `fraction`; drawn from (seed, row, number of
-            the piece), so that a row is the same whoever assembles it.
-        fraction: in [0, 1].
+        planting: the tasks that pieces carry; drawn from (seed, row, number of the piece), so that
+            a row is the same whoever assembles it.
         seed: not negative.
 
     Returns:
@@ -58,10 +56,8 @@ def assemble(
         else:
             tokens = store.read(document, start, length)
             mask = store.loss_mask(document, start, length)
-            if passkey is not None and fraction > 0 and length >= passkey.shortest:
-                rng = np.random.default_rng((*drawn, number))
-                if rng.random() < fraction:
-                    tokens = passkey.plant(tokens, rng)
+            if planting is not None:
+                tokens = planting.plant(tokens, np.random.default_rng((*drawn, number)))
             ids[piece] = tokens
             following = ids[at + 1 : at + length]
             labels[at : at + length - 1] = (
@@ -76,13 +72,11 @@ def assemble(
 class TrainingRows(Dataset[Batch]):
     """Row number -> batch. `step_tokens` is of the whole optimizer step that the row belongs to.
 
-    Passkeys are planted in text only.
+    Tasks are planted in text only.
     """
 
-    def __init__(
-        self, run: RunIndex, passkey: Passkey | None = None, fraction: float = 0.0, seed: int = 0
-    ) -> None:
-        self.run, self.passkey, self.fraction, self.seed = run, passkey, fraction, seed
+    def __init__(self, run: RunIndex, planting: Planting | None = None, seed: int = 0) -> None:
+        self.run, self.planting, self.seed = run, planting, seed
 
     def __len__(self) -> int:
         return len(self.run)
@@ -90,8 +84,8 @@ class TrainingRows(Dataset[Batch]):
     def __getitem__(self, row: int) -> Batch:
         source, index, number = self.run.find(row)
         store = self.run.stores[source]
-        passkey = self.passkey if store.kind == "text" else None
-        batch = assemble(store, index, number, passkey, self.fraction, (self.seed, source))
+        planting = self.planting if store.kind == "text" else None
+        batch = assemble(store, index, number, planting, (self.seed, source))
         step_tokens = self.run.step_tokens[row // self.run.rows_per_step]
         return {
             **batch,

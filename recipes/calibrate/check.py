@@ -17,7 +17,7 @@ from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
-from lit_sparse.data import CommonWord, Passkey
+from lit_sparse.data.tasks import Prompts, make_task, prompts
 from lit_sparse.models import Law, dense_attention, observe, sparsify
 from lit_sparse.models.head import language_head
 from lit_sparse.recipes.calibrate.measure import Progress, Subject, late_rows, late_start
@@ -155,12 +155,12 @@ def run_check(
     obey(subject, raised(chosen, found.factor))
     tasks: dict[str, dict[str, Answers]] = {}
     made, left_out = _tasks(subject, length, prompts, seed)
-    for name, task in made.items():
-        progress(f"{name}: {prompts} prompts of {task[0].shape[1]} tokens")
+    for name, asked in made.items():
+        progress(f"{name}: {prompts} prompts of {length} tokens")
         with dense_attention(model):
-            tasks[name] = {"dense": _answers(subject, *task)}
+            tasks[name] = {"dense": _answers(subject, asked)}
         if layers:
-            tasks[name]["sparse"] = _answers(subject, *task)
+            tasks[name]["sparse"] = _answers(subject, asked)
     return replace(found, tasks=tasks, left_out=left_out)
 
 
@@ -258,9 +258,6 @@ def _loss(model: Any, hidden: Tensor, tokens: Tensor, first: int) -> float:
     return float(total) / labels.numel()
 
 
-Prompts = tuple[np.ndarray, int, np.ndarray]
-
-
 def _tasks(
     subject: Subject, length: int, count: int, seed: int
 ) -> tuple[dict[str, Prompts], dict[str, str]]:
@@ -268,26 +265,26 @@ def _tasks(
     if not count:
         return {}, {}
     rng = np.random.default_rng(seed)
-    text, tokenizer = subject.texts.text, subject.tokenizer
     made: dict[str, Prompts] = {}
     left_out = {}
-    for name, make in (
-        ("passkey", lambda: Passkey(tokenizer).prompts(text, length, count, rng)),
-        ("common word", lambda: CommonWord(tokenizer).prompts(length, count, rng)),
-    ):
+    for name in ("passkey", "aggregation"):
         try:
-            made[name] = make()
+            task = make_task(name, subject.tokenizer)
+            made[name] = prompts(task, subject.texts.text, length, count, rng)
         except ValueError as error:
             left_out[name] = str(error)
     return made, left_out
 
 
-def _answers(subject: Subject, ids: np.ndarray, start: int, answers: np.ndarray) -> Answers:
+def _answers(subject: Subject, asked: Prompts) -> Answers:
     right, loss = 0, 0.0
     head = language_head(subject.model)
-    for prompt, answer in zip(torch.from_numpy(ids), torch.from_numpy(answers), strict=True):
-        hidden = subject.forward(prompt[None])
-        logits = head(hidden[0, start - 1 : -1]).float().cpu()
+    ids, labels = torch.from_numpy(asked.ids), torch.from_numpy(asked.labels)
+    for prompt, following in zip(ids, labels, strict=True):
+        (before,) = torch.where(following >= 0)
+        answer = following[before]
+        hidden = subject.forward(prompt[None])[0]
+        logits = head(hidden[before.to(hidden.device)]).float().cpu()
         right += bool((logits.argmax(-1) == answer).all())
         loss += float(F.cross_entropy(logits, answer))
-    return Answers(right / len(ids), loss / len(ids))
+    return Answers(right / len(asked.ids), loss / len(asked.ids))

@@ -48,7 +48,7 @@ def train(corpus: str, out: Path, rank: int, world: int, workers: int) -> None:
         row_tokens=256,
         rows_per_step=4,
         validation_fraction=0.2,
-        passkey_fraction=0.5,
+        tasks={"passkey": 0.5},
         seed=5,
         num_workers=workers,
         curriculum=Curriculum([Stage(64, 3), Stage(256, 3)]),

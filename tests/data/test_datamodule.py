@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lit_sparse.data import ByteTokenizer, PackedTextDataModule
 from lit_sparse.data.loading import TrainingSampler
+from lit_sparse.data.tasks import make_task
 from lit_sparse.distributed import Ranks
 from lit_sparse.training.curriculum import Curriculum, Stage
 
@@ -91,7 +93,7 @@ def test_batches_are_what_they_say(corpus_dir):
 
 
 def test_a_start_step_continues_exactly(corpus_dir):
-    data = ready(corpus_dir, passkey_fraction=0.5)
+    data = ready(corpus_dir, tasks={"passkey": 0.3, "multikey": 0.3})
     everything = list(data.train_dataloader())
     data.start_step = 5
     rest = list(data.train_dataloader())
@@ -145,27 +147,32 @@ def test_validation_rows_are_divided_equally(corpus_dir):
         assert len(part) == 2
 
 
-def test_passkeys_are_planted_in_the_asked_share_of_pieces(corpus_dir):
-    def planted(**others) -> tuple[int, int]:
+def test_tasks_are_planted_in_the_asked_shares_of_pieces(corpus_dir):
+    def planted(**others) -> Counter[str]:
         data = ready(corpus_dir, **others)
-        carrying, able = 0, 0
+        found: Counter[str] = Counter()
         for batch in data.train_dataloader():
             for piece in pieces(batch):
-                ids = batch["input_ids"][0, piece]
-                able += len(ids) >= data.passkey.shortest
-                found = re.findall(r"# passkey: (\d{5})", data.text_tokenizer.decode(ids))
-                if found:
-                    assert len(found) >= 2
-                    assert len(set(found)) == 1
-                    assert data.text_tokenizer.decode(ids[-5:]) == found[0]
-                    carrying += 1
-        return carrying, able
+                text = data.text_tokenizer.decode(batch["input_ids"][0, piece])
+                found["able"] += len(text) >= make_task("multikey", data.text_tokenizer).shortest
+                for name, line in (("passkey", r"# passkey: "), ("multikey", r"# key of \w{4}: ")):
+                    lines = re.findall(rf"{line}\d+", text)
+                    if lines:
+                        assert text.endswith(lines[-1]), "the answer ends the piece"
+                        assert lines[-1] in lines[:-1], "it was stated"
+                        found[name] += 1
+                        found["statements"] += len(lines) - 1
+        return found
 
-    assert planted()[0] == 0
-    carrying, able = planted(passkey_fraction=1.0)
-    assert carrying == able > 50
-    carrying, able = planted(passkey_fraction=0.5, passkey_recalls=2)
-    assert able / 4 < carrying < able * 3 / 4
+    assert not planted()["statements"]
+    some = planted(tasks={"passkey": 0.4, "multikey": 0.4})
+    assert some["able"] / 4 < some["multikey"] < some["able"] * 0.6
+    more = planted(tasks={"passkey": 0.4, "multikey": 0.4}, task_recalls=2)
+    assert (more["passkey"], more["multikey"]) == (some["passkey"], some["multikey"])
+    assert more["statements"] > some["statements"]
+    every = planted(tasks={"multikey": 1.0})
+    assert every["multikey"] == every["able"] > 10
+    assert not every["passkey"]
 
 
 def test_describe_says_what_was_read_and_how_long_it_is(corpus_dir):
@@ -194,8 +201,14 @@ def test_describe_says_how_rows_waste_less(corpus_dir):
         ({"rows_per_step": 0}, r"data\.rows_per_step"),
         ({"validation_fraction": 1.0}, r"data\.validation_fraction"),
         ({"validation_rows": 0}, r"data\.validation_rows"),
-        ({"passkey_fraction": 1.5}, r"data\.passkey_fraction"),
-        ({"passkey_recalls": -1}, r"data\.passkey_recalls"),
+        ({"tasks": {"passkey": 1.5}}, r"data\.tasks\.passkey must be in \[0, 1\], got 1\.5"),
+        ({"tasks": {"variables": -0.5}}, r"data\.tasks\.variables must be"),
+        ({"tasks": {"passkey": 0.7, "multikey": 0.5}}, r"data\.tasks: the shares add up to 1\.2"),
+        (
+            {"tasks": {"needle": 0.5}},
+            r"data\.tasks: there is no task 'needle', only passk",
+        ),
+        ({"task_recalls": -1}, r"data\.task_recalls"),
         ({"seed": -1}, r"data\.seed"),
         ({"num_workers": -1}, r"data\.num_workers"),
         ({"packing": "tight"}, r"data\.packing"),
@@ -224,8 +237,8 @@ def test_bad_arguments_are_refused_by_name_before_anything_is_read(others, messa
             r"curriculum\.stages\[1\]\.length = 4096",
         ),
         (
-            {"passkey_fraction": 0.1, "curriculum": Curriculum([Stage(16, 2)])},
-            r"data\.passkey_fraction",
+            {"tasks": {"passkey": 0.1}, "curriculum": Curriculum([Stage(16, 2)])},
+            r"data\.tasks\.passkey needs pieces of 35 tokens, and the longest stage has 16",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def config(tmp_path, architecture, corpus, monkeypatch):
             "row_tokens": 512,
             "validation_rows": 1,
             "validation_fraction": 0.2,
-            "passkey_fraction": 0.5,
+            "tasks": {"passkey": 0.5},
         },
         "trainer": {
             "accelerator": "cpu",

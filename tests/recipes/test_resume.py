@@ -73,7 +73,7 @@ CONFIG = {
         "rows_per_step": 2,
         "validation_rows": 1,
         "validation_fraction": 0.2,
-        "passkey_fraction": 0.5,
+        "tasks": {"passkey": 0.5},
     },
     "trainer": {
         "accelerator": "cpu",

@@ -1,0 +1,52 @@
+"""Which training pieces carry which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lit_sparse.data.tasks import TASKS, make_task
+from lit_sparse.data.tokenizer import Tokenizer
+
+
+class Planting:
+    """Tasks with the shares of the pieces that carry them.
+
+    Args:
+        shares: as `check_shares` asks.
+        tokenizer: of the pieces.
+        recalls: see `Task.plant`.
+    """
+
+    def __init__(self, shares: Mapping[str, float], tokenizer: Tokenizer, recalls: int = 0) -> None:
+        wanted = {name: share for name, share in shares.items() if share > 0}
+        self.tasks = [make_task(name, tokenizer) for name in wanted]
+        self.recalls = recalls
+        self._until = np.cumsum([*wanted.values()])
+
+    def plant(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A piece with the task in it that `rng` draws by the shares; as it is where that is none,
+        or one that the piece is too short for.
+        """
+        drawn = int(np.searchsorted(self._until, rng.random(), side="right"))
+        if drawn == len(self.tasks) or len(tokens) < self.tasks[drawn].shortest:
+            return tokens
+        return self.tasks[drawn].plant(tokens, rng, recalls=self.recalls).ids
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raise ValueError, naming `data.tasks`, unless these are shares of known tasks in [0, 1] that
+    leave the others not less than none.
+    """
+    for name in shares:
+        if name not in TASKS:
+            raise ValueError(f"data.tasks: there is no task {name!r}, only {', '.join(TASKS)}")
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"data.tasks.{name} must be in [0, 1], got {share!r}")
+    if sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(
+            f"data.tasks: the shares add up to {sum(shares.values()):.6g}; they are of all pieces, "
+            "so at most 1"
+        )
