@@ -7,9 +7,9 @@ from lit_sparse.callbacks.collapse_rules import CollapseLimits
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
+from lit_sparse.callbacks.evaluation import LongContextEval
 from lit_sparse.callbacks.export import HuggingFaceExport
 from lit_sparse.callbacks.finite import FiniteGuard
-from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
 from lit_sparse.callbacks.qk_clip import QKClip
 from lit_sparse.callbacks.sparse_attention import SparseAttention
@@ -26,7 +26,7 @@ __all__ = [
     "DenseGapMonitor",
     "FiniteGuard",
     "HuggingFaceExport",
-    "PasskeyEval",
+    "LongContextEval",
     "QKClip",
     "RunCheckpoint",
     "SparseAttention",

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lit_sparse.evaluation.intervals import Estimate, mean_of
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-
-def mean_of(values: ArrayLike, seed: int = 0, draws: int = 2000) -> Estimate:
-    """The mean of independent repetitions, and its percentile bootstrap interval.
-
-    Args:
-        values: [repetitions]; of pairs give the differences.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
-    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
-    return Estimate(float(data.mean()), float(low), float(high))
+__all__ = ["Estimate", "log_slope", "mean_of"]
 
 
 def log_slope(n: Sequence[float], values: ArrayLike, seed: int = 0, draws: int = 2000) -> Estimate:
