@@ -20,7 +20,7 @@ from lit_sparse.recipes.study.findings import Chart, Findings, Settings
 
 LOST = 0.2
 """The collapsed starts are the mildest of the scanned factors that leave no more than this share of
-the answers above chance."""
+the answers."""
 
 LONGEST = 512
 """Tokens; of a model with a longer context no more is looked at."""
@@ -72,17 +72,15 @@ def run(settings: Settings) -> Findings:
     model = build_model(base)
     check_llama(model)
     context = min(model.config.max_position_embeddings, LONGEST)
-    plan = Plan(base, context // 2, form.row_tokens, form.steps, form.trained)
-    data = datamodule(plan, settings.seed)
-    if context // max(form.parts) < shortest(data.text_tokenizer):
+    plan = Plan(base, context // 2, form.row_tokens, form.steps, form.trained, TASKS)
+    data, lengths = datamodule(plan, settings.seed), [context // part for part in form.parts]
+    text, tokenizer = data.validation_text, data.text_tokenizer
+    if lengths[0] < shortest(tokenizer):
         raise BadArgument(
-            f"collapse asks for answers in {context // max(form.parts)} tokens, a part of MODEL's "
-            f"context, and its tasks need {shortest(data.text_tokenizer)}: give a longer model"
+            f"collapse asks for answers in {lengths[0]} tokens, a part of MODEL's context, and its "
+            f"tasks need {shortest(tokenizer)}: give a longer model"
         )
-    probes = [
-        form.scanned.draw(data.validation_text, data.text_tokenizer, context // part, settings.seed)
-        for part in form.parts
-    ]
+    probes = [form.scanned.draw(text, tokenizer, n, TASKS, settings.seed) for n in lengths]
     scans = [scan(model, probe, form.factors, settings.progress) for probe in probes]
     plan = _collapsed(plan, scans[-2])
     seeds = list(range(settings.seed, settings.seed + form.seeds))
@@ -105,9 +103,9 @@ def run(settings: Settings) -> Findings:
             Chart(
                 "mends",
                 "Short fine-tunes from a healthy and from collapsed starts, measured at the length "
-                "of training and at twice that.",
+                "of training and at twice that. Dots: seeds; red: before; dashed: the control.",
                 partial(figures.mends, results, plan),
-                (12, 5),
+                (13, 5),
             ),
         ],
         notes=NOTES,
@@ -137,14 +135,15 @@ def _base(settings: Settings) -> Path:
 
 
 def _collapsed(plan: Plan, at_training: Scan) -> Plan:
-    """The plan with starts at which the task is lost, and the threshold that the model passes
-    nowhere by itself."""
-    concentrated, dispersed = at_training.side(True), at_training.side(False)
+    """The plan with the tasks that the model can do, starts at which they are lost, and a threshold
+    that the model does not pass by itself."""
+    tasks = verdicts.able(at_training) or TASKS
+    sides = {"concentrated": at_training.side(True), "dispersed": at_training.side(False)}
     return replace(
         plan,
+        tasks=tasks,
         factors={
-            "concentrated": concentrated.lost(LOST) or concentrated.factors[-1],
-            "dispersed": dispersed.lost(LOST) or dispersed.factors[-1],
+            start: side.only(tasks).lost(LOST) or side.factors[-1] for start, side in sides.items()
         },
         threshold=at_training.healthy.sharpness["logit_max"],
     )
@@ -161,12 +160,14 @@ def _method(form: Form, plan: Plan, scans: Sequence[Scan]) -> str:
         f"{form.steps} steps of {form.row_tokens} tokens in pieces of {plan.length}, half of them "
         f"with a task, at a learning rate of {plan.learning_rate:g} with warm-up and cosine. "
         f"Starts: the model as it is; logits times {factors['concentrated']:g} and "
-        f"{factors['dispersed']:g}, the mildest factors that leave {LOST:.0%} of the answers above "
-        f"chance at {plan.length} tokens or, where none does, the strongest; and the model as it "
-        f"is with W_Q and W_K at {plan.high_rate:g} times the learning rate. {form.seeds} seeds, "
-        f"{form.trained.prompts} prompts of each task. QK-norm: the weights carried into Qwen3, "
+        f"{factors['dispersed']:g}, the mildest factors that leave {LOST:.0%} of the answers "
+        f"at {plan.length} tokens or, where none does, the strongest; and the model as it is "
+        f"with W_Q and W_K at {plan.high_rate:g} times the learning rate. {form.seeds} seeds, "
+        f"{form.trained.prompts} prompts of each task that the model can do "
+        f"({', '.join(plan.tasks)}). QK-norm: the weights carried into Qwen3, "
         f"gains of 1. QK-clip: threshold {plan.threshold:.3g}, the largest logit of the model as "
         f"it is. Length-scaled softmax: queries times ln n / ln {plan.length}. A mend is said to "
         "mend if the interval of its gain over no mend (Student's t over seeds) is above 0 and "
-        f"{verdicts.BACK:.0%} of the control's answers above chance are back."
+        f"{verdicts.BACK:.0%} of what collapse cost is back: of the answers where half of them was "
+        "lost, else of the loss of text."
     )

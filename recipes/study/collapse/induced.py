@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lit_sparse.callbacks import CollapseLimits
-from lit_sparse.recipes.study.collapse.measure import CHANCE, Measured, Probe, measure
+from lit_sparse.recipes.study.collapse.measure import Measured, Probe, measure
 from lit_sparse.recipes.study.collapse.mends import scale_logits
 from lit_sparse.recipes.study.stats import Estimate, mean_of
 
@@ -30,6 +30,13 @@ class Scan:
         """The model as it is."""
         return self.measured[list(self.factors).index(1.0)]
 
+    def only(self, tasks: Sequence[str]) -> Scan:
+        """Without the other tasks."""
+        measured = [
+            replace(m, right={name: m.right[name] for name in tasks}) for m in self.measured
+        ]
+        return Scan(self.factors, measured)
+
     def side(self, concentrated: bool) -> Scan:
         """From the model as it is to the strongest concentration, or dispersion."""
         pairs = list(zip(self.factors, self.measured, strict=True))
@@ -40,13 +47,12 @@ class Scan:
         return Scan(*map(list, zip(*chosen, strict=True)))
 
     def lost(self, share: float) -> float | None:
-        """The factor nearest to 1 from which on no more than `share` of what was answered above
-        chance is left, of a `side`; None where none does that.
+        """The factor nearest to 1 from which on no more than `share` of the answers is left, of a
+        `side`; None where none does that.
         """
         found = None
-        left = kept(_right(self))
-        for factor, own in list(zip(self.factors, left, strict=True))[:0:-1]:
-            if own > share:
+        for factor, own in list(zip(self.factors, self.measured, strict=True))[:0:-1]:
+            if own.accuracy > share * self.measured[0].accuracy:
                 break
             found = factor
         return found
@@ -89,61 +95,53 @@ def past_limits(measured: Measured) -> set[str]:
     return {name for name, holds in past.items() if holds}
 
 
-def kept(right: np.ndarray) -> np.ndarray:
-    """[factors]: the answers above chance, over those of the model as it is; of what is right on a
-    side, [factors, prompts].
-    """
-    above = np.maximum(right.mean(1) - CHANCE, 0)
-    return above / max(above[0], 1e-9)
-
-
 @dataclass(frozen=True)
-class Side:
-    """What one direction shows; intervals are over prompts."""
+class Fall:
+    """What a task loses on one side; intervals are over prompts."""
 
-    fall: Estimate
-    """Share of answer tokens that the strongest factor costs, paired by prompt."""
+    cost: Estimate
+    """Of the strongest factor: share of the prompts, paired."""
     rank: Estimate | None
-    """Spearman's rank correlation of gamma and the share of answer tokens that are right;
-    None where none, or all, are right at every factor."""
+    """Spearman's rank correlation of gamma and the share that is right; None where that is the same
+    at every factor."""
     threshold: Estimate | None
-    """Gamma, by sigma, where half of the answers above chance are left; None where more are at
-    every factor."""
+    """Gamma, by sigma, where half of what the model answers as it is is left; None where more is
+    at every factor."""
 
 
-def judge(side: Scan, seed: int, draws: int = 1000) -> Side:
-    """What a side of a scan shows."""
-    right = _right(side)
+def fall(side: Scan, task: str, seed: int, draws: int = 1000) -> Fall:
+    """What becomes of a task on a side of a scan."""
+    right = np.stack([m.right[task] for m in side.measured])
     gamma = np.array([m.sharpness["gamma"] for m in side.measured])
     picks = np.random.default_rng(seed).integers(right.shape[1], size=(draws, right.shape[1]))
-    drawn = [right[:, pick] for pick in picks]
-    ranks = np.array([rank_correlation(gamma, own.mean(1)) for own in drawn])
-    places = np.array([half_place(gamma, kept(own)) for own in [right, *drawn]])
-    threshold = None
-    if np.isfinite(places).mean() > 0.975 and np.isfinite(places[0]):
-        threshold = _estimate(float(places[0]), places[1:])
-    rank = rank_correlation(gamma, right.mean(1))
-    return Side(
+    # What is measured first, then what is drawn from it.
+    shares = [right.mean(1), *(right[:, pick].mean(1) for pick in picks)]
+    ranks = np.array([rank_correlation(gamma, share) for share in shares])
+    places = np.array([half_place(gamma, share) for share in shares])
+    crossed = np.isfinite(places[0]) and np.isfinite(places).mean() > 0.975
+    return Fall(
         mean_of(right[0] - right[-1], seed),
-        None if np.isnan([rank, *ranks]).any() else _estimate(rank, ranks),
-        threshold,
+        None if np.isnan(ranks).any() else _estimate(ranks),
+        _estimate(places) if crossed else None,
     )
 
 
-def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    return Estimate(value, *np.nanpercentile(drawn, [2.5, 97.5]).tolist())
+def _estimate(drawn: np.ndarray) -> Estimate:
+    """Of a value and, behind it, what the bootstrap made of it."""
+    return Estimate(float(drawn[0]), *np.nanpercentile(drawn[1:], [2.5, 97.5]).tolist())
 
 
-def half_place(gamma: np.ndarray, left: np.ndarray) -> float:
-    """Gamma at which `left` crosses 1/2 for good, by a straight line over ln gamma; NaN where it
-    does not.
+def half_place(gamma: np.ndarray, share: np.ndarray) -> float:
+    """Gamma at which a share falls below half of its first value for good, by a straight line over
+    ln gamma; NaN where it does not.
     """
-    above = np.flatnonzero(left >= 0.5)
-    if not len(above) or above[-1] == len(left) - 1:
+    half = share[0] / 2
+    above = np.flatnonzero(share >= half)
+    if half == 0 or above[-1] == len(share) - 1:
         return float("nan")
     i = above[-1]
-    share = (left[i] - 0.5) / (left[i] - left[i + 1])
-    return float(np.exp((1 - share) * np.log(gamma[i]) + share * np.log(gamma[i + 1])))
+    way = (share[i] - half) / (share[i] - share[i + 1])
+    return float(np.exp((1 - way) * np.log(gamma[i]) + way * np.log(gamma[i + 1])))
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -155,8 +153,3 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-
-
-def _right(side: Scan) -> np.ndarray:
-    """[factors, prompts]"""
-    return np.stack([m.right for m in side.measured])

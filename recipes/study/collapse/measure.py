@@ -21,9 +21,8 @@ from lit_sparse.data.tasks import Prompts, make_task, prompts
 from lit_sparse.evaluation import ask
 from lit_sparse.models import is_sparse, law_layers, observe, sparsify
 
-TASKS = ("passkey", "multikey")
-CHANCE = 0.1
-"""Share of answer tokens, digits, that a guess gets right."""
+TASKS = ("passkey", "multikey", "aggregation")
+"""Two that one key answers, and one that takes a mean of many."""
 
 _LIMITS = CollapseLimits()
 
@@ -41,7 +40,7 @@ class Probe:
 
 
 def shortest(tokenizer: Tokenizer) -> int:
-    """Tokens of the shortest prompt that can carry each of the tasks."""
+    """Tokens of the shortest prompt that can carry each of `TASKS`."""
     return max(make_task(name, tokenizer).shortest for name in TASKS)
 
 
@@ -53,8 +52,15 @@ class Sizes:
     prompts: int
     rows: int
 
-    def draw(self, documents: Documents, tokenizer: Tokenizer, length: int, seed: int) -> Probe:
-        """Windows of documents, and prompts planted into others."""
+    def draw(
+        self,
+        documents: Documents,
+        tokenizer: Tokenizer,
+        length: int,
+        tasks: Sequence[str],
+        seed: int,
+    ) -> Probe:
+        """Windows of documents, and tasks planted into others."""
         rng = np.random.default_rng([seed, length])
         sizes = documents.lengths - 1
         there = np.flatnonzero(sizes >= length)
@@ -62,11 +68,11 @@ class Sizes:
         for document in rng.choice(there, self.texts, replace=len(there) < self.texts):
             start = int(rng.integers(sizes[document] - length + 1))
             windows.append(documents.read(int(document), start, length).astype(np.int64))
-        tasks = {
+        asked = {
             name: prompts(make_task(name, tokenizer), documents, length, self.prompts, rng)
-            for name in TASKS
+            for name in tasks
         }
-        return Probe(length, torch.from_numpy(np.stack(windows)), tasks, self.rows)
+        return Probe(length, torch.from_numpy(np.stack(windows)), asked, self.rows)
 
 
 @dataclass(frozen=True)
@@ -74,22 +80,23 @@ class Measured:
     """One model at one length."""
 
     length: int
-    loss: float
-    """Of text, in nats a token."""
-    right: np.ndarray
-    """[prompts], those of all `TASKS` one after the other: share of the answer's tokens that are
-    the model's first choice, given those before."""
+    losses: np.ndarray
+    """[texts], in nats a token."""
+    right: Mapping[str, np.ndarray]
+    """Task -> [prompts], 1 where each token of the answer is the first choice, given those before;
+    else 0."""
     sharpness: Mapping[str, float]
     """See `sharpness`."""
 
     @property
-    def accuracy(self) -> float:
-        """Share of answer tokens, mean over tasks."""
-        return float(self.right.mean())
+    def loss(self) -> float:
+        """Mean of the texts."""
+        return float(self.losses.mean())
 
-    def of_task(self, name: str) -> float:
-        """The same of one task."""
-        return float(np.split(self.right, len(TASKS))[TASKS.index(name)].mean())
+    @property
+    def accuracy(self) -> float:
+        """Share of prompts that are answered right, mean of the tasks."""
+        return float(np.mean([own.mean() for own in self.right.values()]))
 
 
 @torch.no_grad()
@@ -108,9 +115,9 @@ def measure(model: Any, probe: Probe) -> Measured:
 
     with observe(model, observer, law_layers(model)):
         logits = model(probe.texts, use_cache=False).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), probe.texts[:, 1:].flatten())
-    right = np.concatenate([ask(model, probe.tasks[name]).hits.mean(1) for name in TASKS])
-    return Measured(probe.length, float(loss), right, sharpness(list(rows.values())))
+    losses = F.cross_entropy(logits[:, :-1].mT, probe.texts[:, 1:], reduction="none").mean(1)
+    right = {name: ask(model, asked).right.astype(float) for name, asked in probe.tasks.items()}
+    return Measured(probe.length, losses.numpy(), right, sharpness(list(rows.values())))
 
 
 def sharpness(layers: Sequence[RowStatistics]) -> dict[str, float]:

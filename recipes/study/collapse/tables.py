@@ -21,7 +21,7 @@ def induced(scans: Sequence[Scan]) -> Table:
     rows = [
         [
             *(own.length, factor, own.loss),
-            *map(own.of_task, TASKS),
+            *(float(own.right[name].mean()) for name in TASKS),
             *own.sharpness.values(),
             ", ".join(sorted(past_limits(own))) or "-",
         ]
@@ -30,8 +30,9 @@ def induced(scans: Sequence[Scan]) -> Table:
     ]
     return Table(
         "induced",
-        "Without training: logits times a factor; loss in nats a token, share of answer tokens "
-        "right, means of the statistics of callbacks/README.md, limits of CollapseMonitor passed",
+        "Without training: logits times a factor; loss in nats a token, share of prompts "
+        "answered right, means of the statistics of callbacks/README.md, and limits of "
+        "CollapseMonitor that are passed",
         ["length", "factor", "loss", *TASKS, *names, "limits passed"],
         rows,
         shown=["length", "factor", "loss", *TASKS, *_SHARP, "limits passed"],
@@ -41,30 +42,30 @@ def induced(scans: Sequence[Scan]) -> Table:
 def arms(results: Sequence[Result], plan: Plan) -> Table:
     """The fine-tunes, means of seeds."""
     at, twice = (Arms(results, length) for length in (plan.length, 2 * plan.length))
+    loss = Arms(results, plan.length, by_loss=True)
     rows = []
     for start, mends in ARMS.items():
         for mend in mends:
-            own = [result.after[plan.length] for result in at.of(start, mend)]
-            before = [result.before[plan.length].accuracy for result in at.of(start, mend)]
+            gains = [None if mend == NONE else str(own.gain(start, mend)) for own in (at, loss)]
+            after = [result.after[plan.length].sharpness for result in at.of(start, mend)]
             rows.append(
                 [
-                    *(start, mend, float(np.mean(before))),
-                    float(at.accuracy(start, mend).mean()),
-                    None if mend == NONE else str(at.gain(start, mend)),
-                    at.back(start, mend),
-                    float(twice.accuracy(start, mend).mean()),
-                    float(np.mean([m.loss for m in own])),
-                    *(float(np.mean([m.sharpness[name] for m in own])) for name in _SHARP),
+                    *(start, mend),
+                    *(float(at.score(start, mend, before).mean()) for before in (True, False)),
+                    *(gains[0], at.back(start, mend), float(twice.score(start, mend).mean())),
+                    *(-float(loss.score(start, mend).mean()), gains[1], loss.back(start, mend)),
+                    *(float(np.mean([sharp[name] for sharp in after])) for name in _SHARP),
                 ]
             )
     return Table(
         "arms",
-        f"Fine-tunes at {plan.length} tokens, means of seeds: share of answer tokens right before "
-        "and after, gain over no mend, answers above chance over the control's, loss in nats a "
-        "token, statistics after",
+        f"Fine-tunes at {plan.length} tokens, means of seeds: share of prompts answered right "
+        "before and after, loss in nats a token, of both the gain over no mend and the share of "
+        "the cost of collapse that is back, and the statistics after",
         [
-            *("start", "mend", "before", "after", "gain (95 %)", "of control"),
-            *(f"after, {2 * plan.length} tokens", "loss", *_SHARP),
+            *("start", "mend", "before", "after", "gain (95 %)", "back"),
+            *(f"after, {2 * plan.length} tokens", "loss", "loss, gain (95 %)", "loss, back"),
+            *_SHARP,
         ],
         rows,
     )
@@ -72,16 +73,16 @@ def arms(results: Sequence[Result], plan: Plan) -> Table:
 
 def runs(results: Sequence[Result]) -> Table:
     """Every run, before and after, at every length."""
-    names = list(next(iter(results[0].after.values())).sharpness)
+    one = next(iter(results[0].after.values()))
     rows = [
         [
             *(result.run.start, result.run.mend, result.run.seed, length, when, own.loss),
-            *map(own.of_task, TASKS),
+            *(float(right.mean()) for right in own.right.values()),
             *own.sharpness.values(),
         ]
         for result in results
         for when, measured in (("before", result.before), ("after", result.after))
         for length, own in measured.items()
     ]
-    columns = ["start", "mend", "seed", "length", "when", "loss", *TASKS, *names]
+    columns = ["start", "mend", "seed", "length", "when", "loss", *one.right, *one.sharpness]
     return Table("runs", "Every run", columns, rows, in_report=False)

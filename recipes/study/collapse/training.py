@@ -21,7 +21,7 @@ from lit_sparse.callbacks import QKClip, SparseAttention
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.data.tokenizer import has_tokenizer
 from lit_sparse.models import attention_layers
-from lit_sparse.recipes.study.collapse.measure import TASKS, Measured, Sizes, measure
+from lit_sparse.recipes.study.collapse.measure import Measured, Sizes, measure
 from lit_sparse.recipes.study.collapse.mends import LengthScaling, scale_logits, with_qk_norm
 from lit_sparse.training import Curriculum, SparseLM
 from lit_sparse.training.curriculum import Stage
@@ -48,6 +48,7 @@ class Plan:
         length: tokens of a piece in training; measured at this and at twice this.
         row_tokens, steps: of the fine-tune; a row a step.
         sizes: of what is measured.
+        tasks: half of the pieces of the training carry one of them.
         factors: start -> what its logits are multiplied by; 1 where it is left out.
         threshold: of QK-clip: the largest logit of the healthy model.
         high_rate: learning rate of W_Q and W_K over that of the rest, where they are trained too
@@ -60,6 +61,7 @@ class Plan:
     row_tokens: int
     steps: int
     sizes: Sizes
+    tasks: Sequence[str]
     factors: Mapping[str, float] = field(default_factory=dict)
     threshold: float = 100.0
     high_rate: float = 30.0
@@ -148,7 +150,7 @@ def fine_tune(plan: Plan, run: Run) -> Result:
     )
     data.setup()
     probes = [
-        plan.sizes.draw(data.validation_text, data.text_tokenizer, length, run.seed)
+        plan.sizes.draw(data.validation_text, data.text_tokenizer, length, plan.tasks, run.seed)
         for length in (plan.length, 2 * plan.length)
     ]
     before = {probe.length: measure(module.model, probe) for probe in probes}
@@ -175,14 +177,14 @@ def train_all(plan: Plan, runs: Sequence[Run], progress: Callable[[str], None]) 
 
 
 def datamodule(plan: Plan, seed: int) -> PackedTextDataModule:
-    """Python source, half of whose pieces carry one of the tasks; the seed draws the files that are
+    """Python source, half of whose pieces carry a task; the seed draws the files that are
     held out, the order, and what is planted.
     """
     return PackedTextDataModule(
         path="stdlib",
         tokenizer=str(plan.base) if has_tokenizer(plan.base) else "bytes",
         row_tokens=plan.row_tokens,
-        tasks=dict.fromkeys(TASKS, 0.5 / len(TASKS)),
+        tasks=dict.fromkeys(plan.tasks, 0.5 / len(plan.tasks)),
         task_recalls=4,
         curriculum=Curriculum([Stage(length=plan.length, steps=plan.steps)]),
         seed=seed,
