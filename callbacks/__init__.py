@@ -11,6 +11,7 @@ from lit_sparse.callbacks.evaluation import LongContextEval
 from lit_sparse.callbacks.export import HuggingFaceExport
 from lit_sparse.callbacks.finite import FiniteGuard
 from lit_sparse.callbacks.progress import SparseProgressBar
+from lit_sparse.callbacks.qk_clip import QKClip
 from lit_sparse.callbacks.sparse_attention import SparseAttention
 from lit_sparse.callbacks.stage_report import StageReport
 from lit_sparse.callbacks.step_seed import StepSeed
@@ -26,6 +27,7 @@ __all__ = [
     "FiniteGuard",
     "HuggingFaceExport",
     "LongContextEval",
+    "QKClip",
     "RunCheckpoint",
     "SparseAttention",
     "SparseProgressBar",
