@@ -41,6 +41,7 @@ def draw_answers(
     if image is not None:
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
         bar.ax.tick_params(labelsize=7)
+        bar.set_label("%", fontsize=7)
 
 
 def answers_figure(
@@ -59,14 +60,16 @@ def answers_figure(
 def _draw(axis: Any, answers: Mapping[int, Answers]) -> Any:
     """One heat map, depth by length, with its numbers."""
     parts = min(DEPTHS, *(len(own.depths) for own in answers.values()))
-    shares = np.stack([own.by_depth(parts) for own in answers.values()], 1)
-    image = axis.imshow(shares, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    shares = 100 * np.stack([own.by_depth(parts) for own in answers.values()], 1)
+    image = axis.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if np.isfinite(share):
-            colour = "black" if share > 0.5 else "white"
+            colour = "black" if share > 50 else "white"
             style = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
-            axis.text(column, row, f"{100 * share:.0f}", **style)
-    axis.set_xticks(range(len(answers)), [str(length) for length in answers], fontsize=7)
+            axis.text(column, row, f"{share:.0f}", **style)
+    turned = {"rotation": 45, "ha": "right"} if len(answers) > 5 else {}
+    lengths = [str(length) for length in answers]
+    axis.set_xticks(range(len(answers)), lengths, fontsize=7, **turned)
     axis.set_xlabel("tokens", fontsize=7)
     if len(shares) > 1:
         edges = [f"{100 * i // parts}-{100 * (i + 1) // parts} %" for i in range(parts)]
