@@ -35,9 +35,11 @@ _NOTES = (
     "it is: distances to it are, if anything, too large. Each bootstrap draw has its own front.",
     "A calibration looks at missed mass alone. It sees neither the loss nor the tasks, so it finds "
     "the front only as far as missed mass tells of them.",
+    "A calibration accepts a law whose missed mass is within its target in 95 % of the rows, heads "
+    "and layers, so a target is met by far more keys than a mean row needs.",
     "The presets keep at least 1024 keys, which is everything at these contexts. Here they have no "
-    "floor, and their exponent goes through the share of the keys that they keep at 8192 tokens, "
-    "and at 32768.",
+    "floor, and their exponents go through 1, 2 and 4 times the share of the keys that they keep "
+    "at 32768 tokens.",
 )
 
 

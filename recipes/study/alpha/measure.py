@@ -49,7 +49,7 @@ class Losses:
         loss: the loss less that of the dense model, nats per token (of the answer), [laws, rows];
             all lengths count alike.
         right: share of the answers, [laws].
-        dense_loss, dense_right: of the dense model.
+        dense_loss, dense_right, dense_keys: of the dense model.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Losses:
     right: np.ndarray
     dense_loss: float
     dense_right: float
+    dense_keys: float
 
 
 @dataclass(frozen=True)
@@ -159,4 +160,5 @@ def _losses(
         np.array([mean(law, "right").mean() for law in found]),
         float(dense_loss.mean()),
         float(mean(dense, "right").mean()),
+        dense[0].keys,
     )

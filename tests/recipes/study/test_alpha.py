@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_sparse.budget import Budget
+from lit_sparse.budget import PRESETS, Budget
 from lit_sparse.calibration import ChosenLaw
 from lit_sparse.cli import main
 from lit_sparse.recipes.study.alpha.laws import Candidate, grid, presets
@@ -45,28 +45,30 @@ def test_distances_have_the_front_of_each_draw():
 
 def test_presets_keep_the_share_that_they_keep_at_long_contexts():
     laws = {law.name: law.chosen.budget for law in presets(512)}
-    assert laws["balanced as at 8192"](512) == pytest.approx(1449 / 16, abs=1)
-    assert laws["safe as at 32768"](512) == pytest.approx(4096 / 64, abs=1)
-    assert laws["eco as at 32768"].exponent == pytest.approx(1 / 3)
+    assert laws["balanced x 1"](512) == pytest.approx(2897 / 64, abs=1)
+    assert laws["safe x 4"](512) == pytest.approx(4 * 4096 / 64, abs=1)
+    assert laws["eco x 2"].exponent == pytest.approx(1 / 3)
 
 
 def test_a_grid_goes_through_shares_of_the_longest_context():
     laws = grid(Settings(Path(), Path()), 512)
     ends = {law.chosen.budget(512) for law in laws}
-    assert ends == {32, 64, 96, 128, 192, 256}
+    assert ends == {32, 64, 96, 128, 192, 256, 384}
     assert len(laws) == 5 * len(ends)
 
 
 def _measured(calibrated, right=1.0):
-    """A grid whose front is .4, .2, .1 nats at 10, 20, 40 keys, presets .1 above it, and a
+    """A grid whose front is .4, .2, .1 nats at 10, 20, 40 keys, every preset .1 above it, and a
     calibrated law at 20 keys."""
-    keys = np.array([20.0, 10, 20, 40, 10, 20, 40])
-    loss = np.array([calibrated, 0.4, 0.2, 0.1, 0.5, 0.3, 0.2])
-    kinds = ["calibrated"] + ["grid"] * 3 + ["preset"] * 3
-    laws = [Candidate(kind, kind, ChosenLaw(Budget(4, 0.5, 0))) for kind in kinds]
+    keys = np.array([20.0] + [10, 20, 40] * 5)
+    loss = np.array([calibrated, 0.4, 0.2, 0.1] + [0.5, 0.3, 0.2] * 4)
+    budget = ChosenLaw(Budget(4, 0.5, 0))
+    laws = [Candidate("calibrated", "made", budget)]
+    laws += [Candidate("grid", f"{i}", budget) for i in range(3)]
+    laws += [Candidate("preset", name, budget, name) for name in PRESETS for _ in range(3)]
     noise = np.random.default_rng(0).normal(0, 0.01, size=12)
     losses = [
-        Losses(name, (128, 256), keys, loss[:, None] + noise, np.ones(7), 2.0, right)
+        Losses(name, (128, 256), keys, loss[:, None] + noise, np.ones(16), 2.0, right, 60.0)
         for name in ("text", "passkey")
     ]
     return Measured("made", 256, laws, losses)
@@ -94,6 +96,14 @@ def test_a_task_that_the_dense_model_cannot_do_has_no_weight():
     assert "cannot do the task (made)" in passkey.limit
 
 
+def test_a_law_that_keeps_nearly_everything_does_not_count():
+    found = _measured(0.15)
+    losses = [replace(own, dense_keys=21.0) for own in found.losses]
+    text, _ = on_the_front([replace(found, losses=losses)], 0)
+    assert text.outcome is Outcome.NOT_HERE
+    assert "1 targets need 90% of the keys or more" in text.limit
+
+
 def test_a_calibration_that_leaves_every_layer_dense_is_no_law():
     found = _measured(0.15)
     losses = [
@@ -118,4 +128,4 @@ def test_the_quick_form_calibrates_and_holds_laws_against_each_other(small_model
     assert kinds == {"calibrated", "grid", "preset"}
     # More keys of one C are more keys that are read.
     keys = [float(line["executed keys"]) for line in lines if line["kind"] == "grid"]
-    assert keys[:3] == sorted(keys[:3])
+    assert keys[:4] == sorted(keys[:4])
