@@ -7,10 +7,11 @@ from lit_sparse.callbacks.collapse_rules import CollapseLimits
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
+from lit_sparse.callbacks.evaluation import LongContextEval
 from lit_sparse.callbacks.export import HuggingFaceExport
 from lit_sparse.callbacks.finite import FiniteGuard
-from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.progress import SparseProgressBar
+from lit_sparse.callbacks.qk_clip import QKClip
 from lit_sparse.callbacks.sparse_attention import SparseAttention
 from lit_sparse.callbacks.stage_report import StageReport
 from lit_sparse.callbacks.step_seed import StepSeed
@@ -25,7 +26,8 @@ __all__ = [
     "DenseGapMonitor",
     "FiniteGuard",
     "HuggingFaceExport",
-    "PasskeyEval",
+    "LongContextEval",
+    "QKClip",
     "RunCheckpoint",
     "SparseAttention",
     "SparseProgressBar",

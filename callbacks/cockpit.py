@@ -16,10 +16,11 @@ from lit_sparse.callbacks.common import add_figure, sparse_models, writers
 from lit_sparse.callbacks.controller import BudgetController
 from lit_sparse.callbacks.curriculum import ContextCurriculum
 from lit_sparse.callbacks.dense_gap import DenseGapMonitor
+from lit_sparse.callbacks.evaluation import LongContextEval
 from lit_sparse.callbacks.law_figure import law_figure
-from lit_sparse.callbacks.passkey import PasskeyEval
 from lit_sparse.callbacks.sparse_attention import SparseAttention
 from lit_sparse.callbacks.throughput import Throughput
+from lit_sparse.evaluation import LOSS
 from lit_sparse.models import Law, alpha_factor, configured_law
 from lit_sparse.training.curriculum import Stage, find_curriculum
 
@@ -119,9 +120,14 @@ def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
         "gradient norm": _lines("train/grad_norm"),
         "learning rate": _lines("(train/)?lr.*"),
     }
-    if _find(trainer, PasskeyEval):
-        loss["passkeys recalled"] = _lines("passkey/.*")
     page = {"Loss": loss}
+    if asks := _find(trainer, LongContextEval):
+        page["Long context"] = {
+            "loss by position (nats a token)" if task == LOSS else f"{task} (share answered)": (
+                _lines("loss_by_position/.*" if task == LOSS else f"{task}/.*")
+            )
+            for task in asks.tasks
+        }
     if _find(trainer, DenseGapMonitor):
         page["Gap to dense attention"] = {
             "missed mass, p5 to p95": _band("gap/missed_mass"),

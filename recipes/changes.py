@@ -36,7 +36,7 @@ HARMLESS = (
     "trainer.callbacks.LearningRateMonitor",
     "trainer.callbacks.ModelCheckpoint",
     "trainer.callbacks.ModelSummary",
-    "trainer.callbacks.PasskeyEval",
+    "trainer.callbacks.LongContextEval",
     "trainer.callbacks.RichModelSummary",
     "trainer.callbacks.RichProgressBar",
     "trainer.callbacks.SparseProgressBar",

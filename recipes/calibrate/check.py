@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_sparse.attention import Selection
@@ -17,7 +15,7 @@ from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows
 from lit_sparse.budget import Budget
 from lit_sparse.calibration import ChosenLaw
-from lit_sparse.data.tasks import Prompts, make_task, prompts
+from lit_sparse.evaluation import Answers, Questions, evaluate
 from lit_sparse.models import Law, dense_attention, observe, sparsify
 from lit_sparse.models.head import language_head
 from lit_sparse.recipes.calibrate.measure import Progress, Subject, late_rows, late_start
@@ -28,6 +26,9 @@ ROWS = 64
 
 STEP = 1.5
 """Factor of alpha from one attempt to the next, while the target is missed."""
+
+TASKS = ("passkey", "aggregation")
+"""What is asked: of one place in a text, and of all of it."""
 
 # Between a factor that meets the target and one that does not: near enough.
 _CLOSE = 1.1
@@ -53,14 +54,6 @@ class Attempt:
     """Kept causal pairs / causal pairs."""
     loss: float
     """Nats per token."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A task: share of prompts answered, and the loss of the answer in nats per token."""
-
-    right: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,12 @@ class Check:
         return 1.0 if self.final is None else self.final.factor
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "met": self.met, "factor": self.factor}
+        tasks = {
+            task: {side: {"right": a.accuracy.mean, "loss": a.loss} for side, a in sides.items()}
+            for task, sides in self.tasks.items()
+        }
+        plain = asdict(replace(self, tasks={}))
+        return {**plain, "tasks": tasks, "met": self.met, "factor": self.factor}
 
 
 def sparse_layers(chosen: ChosenLaw, layers: Sequence[int]) -> list[int]:
@@ -153,15 +151,12 @@ def run_check(
     attempts = _search(attempt, target, steps) if layers else []
     found = Check(length, target, attempts, dense_loss, {}, {})
     obey(subject, raised(chosen, found.factor))
-    tasks: dict[str, dict[str, Answers]] = {}
-    made, left_out = _tasks(subject, length, prompts, seed)
-    for name, asked in made.items():
-        progress(f"{name}: {prompts} prompts of {length} tokens")
-        with dense_attention(model):
-            tasks[name] = {"dense": _answers(subject, asked)}
-        if layers:
-            tasks[name]["sparse"] = _answers(subject, asked)
-    return replace(found, tasks=tasks, left_out=left_out)
+    if not prompts:
+        return found
+    questions = Questions([length], TASKS, prompts=prompts, seed=seed)
+    asked = evaluate(model, subject.tokenizer, texts.text, questions, progress)
+    tasks = {task: at[length] for task, at in asked.answers.items()}
+    return replace(found, tasks=tasks, left_out={what.task: what.why for what in asked.left_out})
 
 
 def _search(attempt: Callable[[float], Attempt], target: float, steps: int) -> list[Attempt]:
@@ -256,35 +251,3 @@ def _loss(model: Any, hidden: Tensor, tokens: Tensor, first: int) -> float:
     head = language_head(model)
     total = chunked_cross_entropy(hidden[:, first - 1 : -1], head, labels)
     return float(total) / labels.numel()
-
-
-def _tasks(
-    subject: Subject, length: int, count: int, seed: int
-) -> tuple[dict[str, Prompts], dict[str, str]]:
-    """Prompts of each task, and why there are none: a tokenizer or a length may not allow it."""
-    if not count:
-        return {}, {}
-    rng = np.random.default_rng(seed)
-    made: dict[str, Prompts] = {}
-    left_out = {}
-    for name in ("passkey", "aggregation"):
-        try:
-            task = make_task(name, subject.tokenizer)
-            made[name] = prompts(task, subject.texts.text, length, count, rng)
-        except ValueError as error:
-            left_out[name] = str(error)
-    return made, left_out
-
-
-def _answers(subject: Subject, asked: Prompts) -> Answers:
-    right, loss = 0, 0.0
-    head = language_head(subject.model)
-    ids, labels = torch.from_numpy(asked.ids), torch.from_numpy(asked.labels)
-    for prompt, following in zip(ids, labels, strict=True):
-        (before,) = torch.where(following >= 0)
-        answer = following[before]
-        hidden = subject.forward(prompt[None])[0]
-        logits = head(hidden[before.to(hidden.device)]).float().cpu()
-        right += bool((logits.argmax(-1) == answer).all())
-        loss += float(F.cross_entropy(logits, answer))
-    return Answers(right / len(asked.ids), loss / len(asked.ids))

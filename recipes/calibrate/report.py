@@ -172,7 +172,9 @@ def check_lines(check: Check) -> list[str]:
             f"{100 * attempt.density:.1f} % of the causal pairs",
         ]
     for name, answers in check.tasks.items():
-        said = [f"{how} {a.right:.0%} right, {a.loss:.3f} nats" for how, a in answers.items()]
+        said = [
+            f"{how} {a.accuracy.mean:.0%} right, {a.loss:.3f} nats" for how, a in answers.items()
+        ]
         out += [f"  {name}: {'; '.join(said)}"]
     out += [line for name, why in check.left_out.items() for line in wrap(f"  no {name}: {why}")]
     return [*out, "", *wrap(verdict(check))]

@@ -231,7 +231,7 @@ def _strategy(strategy: Any, named: int | None, at_hand: int) -> tuple[Sharding 
 def _generates(callbacks: Any) -> bool:
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     return any(
-        callback.class_path.endswith(".PasskeyEval")
+        callback.class_path.endswith(".LongContextEval")
         and (callback.get("init_args") or {}).get("generate", True)
         for callback in given
     )

@@ -104,7 +104,7 @@ def smallest(memories: Iterable[Memory], gpu: Gpu) -> Memory | None:
 
 
 _CHANGES: dict[str, dict[str, Any]] = {
-    "PasskeyEval's generate: false": {"generates": False},
+    "LongContextEval's generate: false": {"generates": False},
     "model.activations: recompute": {"activations": "recompute"},
     "model.activations: offload": {"activations": "offload"},
     "model.activations: offload and model.tiled_mlp: 8": {"activations": "offload", "tiled_mlp": 8},

@@ -116,9 +116,14 @@ class Growth:
         return cls("R = (ln n)^(1/4)", lambda n: math.log(n) ** 0.25, 0.0)
 
     @classmethod
-    def fast(cls, factor: float) -> Growth:
+    def logarithmic(cls, factor: float) -> Growth:
         """Like ln n: faster than sqrt(ln n)."""
         return cls(f"R = {factor:g} ln n", lambda n: factor * math.log(n), math.inf)
+
+    @classmethod
+    def power(cls, factor: float, exponent: float) -> Growth:
+        """Much faster than sqrt(ln n)."""
+        return cls(f"R = {factor:g} n^{exponent:g}", lambda n: factor * n**exponent, math.inf)
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lit_sparse.evaluation.intervals import Estimate, mean_of
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-
-def mean_of(values: ArrayLike, seed: int = 0, draws: int = 2000) -> Estimate:
-    """The mean of independent repetitions, and its percentile bootstrap interval.
-
-    Args:
-        values: [repetitions]; of pairs give the differences.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
-    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
-    return Estimate(float(data.mean()), float(low), float(high))
+__all__ = ["Estimate", "log_slope", "mean_of"]
 
 
 def log_slope(n: Sequence[float], values: ArrayLike, seed: int = 0, draws: int = 2000) -> Estimate:
@@ -48,6 +27,26 @@ def log_slopes(n: Sequence[float], values: ArrayLike) -> np.ndarray:
     x, y = np.log(np.asarray(n, dtype=np.float64)), np.log(np.asarray(values, dtype=np.float64))
     x = x - x.mean()
     return y @ x / (x @ x)
+
+
+def crossing(
+    grid: Sequence[float], shares: ArrayLike, level: float = 0.5, seed: int = 0, draws: int = 2000
+) -> Estimate:
+    """Where a share that rises along `grid` passes `level`, interpolated; NaN where it does not.
+
+    Args:
+        grid: ascending.
+        shares: [repetitions, grid]; the interval is over repetitions.
+    """
+    data, x = np.asarray(shares, dtype=np.float64), np.asarray(grid, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
+    curves = np.concatenate([data.mean(0, keepdims=True), data[picks].mean(1)])
+    curves = np.maximum.accumulate(curves, 1)
+    found = [np.interp(level, curve, x, left=np.nan, right=np.nan) for curve in curves]
+    if np.isnan(found[0]):
+        return Estimate(np.nan, np.nan, np.nan)
+    low, high = np.nanpercentile(found[1:], [2.5, 97.5])
+    return Estimate(float(found[0]), float(low), float(high))
 
 
 def resampled_means(values: np.ndarray, seed: int = 0, draws: int = 1000) -> np.ndarray:

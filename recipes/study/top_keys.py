@@ -36,11 +36,13 @@ class SortedRows:
         """Softmax of scale * logits, largest first [H, n]; one scale, or one of each row [H, 1]."""
         return (self.logits * scale).softmax(-1)
 
-    def output_errors(self, scale: float, budgets: Sequence[int], values: Tensor) -> Tensor:
+    def output_errors(
+        self, scale: float | Tensor, budgets: Sequence[int], values: Tensor
+    ) -> Tensor:
         """||o - o_S|| in root mean squares of ||v||, renormalised over the k largest S.
 
         Args:
-            scale: factor of the logits.
+            scale: factor of the logits, one or [H, 1].
             budgets: how many keys are kept, each k of them.
             values: [n, D], of mean square 1.
 

@@ -3,7 +3,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from lit_sparse import Budget
-from lit_sparse.callbacks import ContextCurriculum, PasskeyEval, SparseAttention, StageReport
+from lit_sparse.callbacks import ContextCurriculum, LongContextEval, SparseAttention, StageReport
 from lit_sparse.data import PackedTextDataModule
 from lit_sparse.models import rope_parameters
 from lit_sparse.training import SparseLM, Stage
@@ -111,7 +111,7 @@ def test_passkeys_are_asked_for_and_the_report_has_a_row_a_stage(
     architecture, corpus, tmp_path, capsys
 ):
     report = StageReport()
-    passkey = PasskeyEval(prompts=2)
+    passkey = LongContextEval(prompts=2)
     trainer, _, _ = _run(
         architecture, corpus, callbacks=[passkey, report], default_root_dir=tmp_path
     )
@@ -125,52 +125,3 @@ def test_passkeys_are_asked_for_and_the_report_has_a_row_a_stage(
     table = capsys.readouterr().out.strip().splitlines()[-4:]
     assert table[0].split()[:3] == ["stage", "length", "k(n)"]
     assert [line.split()[1] for line in table[1:]] == ["64", "128", "512"]
-
-
-def test_a_model_that_copies_is_seen_to_recall(architecture, corpus):
-    """An oracle that repeats what followed the question's prefix earlier scores 100 %."""
-    data = PackedTextDataModule(
-        path=str(corpus), row_tokens=512, curriculum=ContextCurriculum(STAGES).curriculum
-    )
-    data.setup()
-
-    class Oracle(torch.nn.Module):
-        """Predicts the token after the last earlier occurrence of the last three tokens."""
-
-        def forward(self, ids, use_cache, logits_to_keep):
-            row = ids[0].tolist()
-            logits = torch.zeros(1, logits_to_keep, 257)
-            for i in range(logits_to_keep):
-                end = len(row) - logits_to_keep + i + 1
-                key = row[end - 3 : end]
-                places = [j for j in range(3, end) if row[j - 3 : j] == key]
-                if places:
-                    logits[0, i, row[places[0]]] = 1
-            return type("Output", (), {"logits": logits})
-
-        def generate(self, ids, max_new_tokens, **_):
-            for _ in range(max_new_tokens):
-                nxt = self.forward(ids, False, 1).logits[0, -1].argmax()
-                ids = torch.cat([ids, nxt.view(1, 1)], 1)
-            return ids
-
-    import lit_sparse.callbacks.passkey as module
-
-    logged = {}
-    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    trainer.datamodule = data
-    lightning = type("Module", (), {"log_dict": lambda self, found, **_: logged.update(found)})()
-    lightning.device = torch.device("cpu")
-    original = module.transformers_models
-    module.transformers_models = lambda _: [Oracle()]
-    try:
-        PasskeyEval(prompts=4).on_validation_epoch_end(trainer, lightning)
-    finally:
-        module.transformers_models = original
-    assert logged["passkey/teacher_forced"] == logged["passkey/generated"] == 1.0
-
-
-def test_passkeys_need_our_data(architecture):
-    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    with pytest.raises(ValueError, match="PackedTextDataModule; remove it from"):
-        PasskeyEval().on_fit_start(trainer, None)

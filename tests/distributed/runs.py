@@ -9,7 +9,7 @@ from parity import ARCHITECTURE, ATTENTION, BUDGET, Rows, rows
 from pytorch_lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from lit_sparse.callbacks import DenseGapMonitor, PasskeyEval, SparseAttention
+from lit_sparse.callbacks import DenseGapMonitor, LongContextEval, SparseAttention
 from lit_sparse.distributed import DeepSpeedSparseStrategy, ranks_of
 from lit_sparse.distributed.gradients import engine_of
 from lit_sparse.training import SparseLM
@@ -107,7 +107,7 @@ def weights(trainer: Trainer, module: SparseLM) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in parameters])
 
 
-class Passkeys(PasskeyEval):
+class Passkeys(LongContextEval):
     """Keeps each first choice of the model."""
 
     def __init__(self, **options: Any) -> None:

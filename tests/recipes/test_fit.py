@@ -45,7 +45,12 @@ def config(tmp_path, architecture, corpus, monkeypatch):
             "enable_model_summary": False,
             "callbacks": [
                 {"class_path": f"lit_sparse.callbacks.{name}"}
-                for name in ("DenseGapMonitor", "PasskeyEval", "HuggingFaceExport", "StageReport")
+                for name in (
+                    "DenseGapMonitor",
+                    "LongContextEval",
+                    "HuggingFaceExport",
+                    "StageReport",
+                )
             ],
         },
     }

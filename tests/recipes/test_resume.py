@@ -40,7 +40,7 @@ MONITORS = {
         "min_context": 64,
         "patience": 1,
     },
-    "PasskeyEval": {"prompts": 1, "generate": False},
+    "LongContextEval": {"prompts": 1, "generate": False},
     "StageReport": {},
     "Cockpit": {},
 }

@@ -13,7 +13,7 @@ from lit_sparse.callbacks import (
     ContextCurriculum,
     DenseGapMonitor,
     FiniteGuard,
-    PasskeyEval,
+    LongContextEval,
     SparseAttention,
 )
 from lit_sparse.data import PackedTextDataModule
@@ -104,7 +104,7 @@ def test_a_run_with_all_that_changes_in_it(architecture, corpus, graphs):
             activations="recompute",
             compile=compiled,
         )
-        watches = [FiniteGuard(), DenseGapMonitor(), PasskeyEval(prompts=1)]
+        watches = [FiniteGuard(), DenseGapMonitor(), LongContextEval(prompts=1)]
         sparse = SparseAttention(Budget.fixed(64, sink=16, local=0.25), block=16, tile=16)
         trainer = fit(module, data, [sparse, curriculum, *watches])
         return module.state_dict(), trainer.callback_metrics

@@ -11,6 +11,7 @@ from lit_sparse.recipes.study.sparsity.measure import (
     FIXED,
     GROWTHS,
     HALF,
+    MASS,
     MISSED,
     NORMS,
     WORST,
@@ -73,7 +74,8 @@ def _losses(figure: Any, measured: Measured) -> None:
                 loss = measured.of[norm, growth.name, budget].mean(0)
                 label = f"k = {budget}" if axes is grid[0, 0] else None
                 axes.plot(measured.lengths, loss, "o-", ms=3, color=colour, label=label)
-            axes.set(yscale="log", title=f"{norm}\n{growth.name}")
+            scale = {"ylim": (0, 1.03)} if norm == MASS else {"yscale": "log"}
+            axes.set(title=f"{norm}\n{growth.name}", **scale)
             axes.title.set_fontsize(10)
             _lengths(axes)
     figure.legend(loc="outside lower center", ncols=len(BUDGETS), fontsize=9)
@@ -81,9 +83,11 @@ def _losses(figure: Any, measured: Measured) -> None:
 
 def _worst(figure: Any, measured: Measured) -> None:
     axes = figure.subplots()
-    for budget, colour in zip(WORST_BUDGETS, COLOURS, strict=False):
+    # The first ones lie on each other: markers of falling size show all.
+    for budget, colour, size in zip(WORST_BUDGETS, COLOURS, (8, 5, 3, 3), strict=False):
         found = [mean_of(values) for values in measured.of[WORST, FIXED.name, budget].T]
-        axes.plot(measured.lengths, [e.mean for e in found], "o-", ms=3, color=colour, label=budget)
+        means = [estimate.mean for estimate in found]
+        axes.plot(measured.lengths, means, "o-", ms=size, color=colour, label=budget)
         low, high = [e.low for e in found], [e.high for e in found]
         axes.fill_between(measured.lengths, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(ylabel="worst error", ylim=(0, 1.05), title="Worst of n rows")
