@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> Findings:
     """Calibrate, run all laws, see where the calibrated ones lie."""
-    from lit_sparse.recipes.study.alpha.measure import measure_all
+    from lit_sparse.recipes.study.alpha.measure import measure
     from lit_sparse.recipes.study.alpha.tables import distances_table, laws_table, losses_table
     from lit_sparse.recipes.study.alpha.verdicts import against_presets, on_the_front
+    from lit_sparse.recipes.study.subjects import given
 
-    found, seed = measure_all(settings), settings.seed
+    found = [measure(settings, path) for path in given(settings)]
+    seed = settings.seed
     return Findings(
         question="Are the alpha and C that `lit-sparse calibrate` finds a good choice, among all "
         "alpha and C, and against the presets?",

@@ -25,6 +25,7 @@ from lit_sparse.recipes.study.alpha.laws import (
 )
 from lit_sparse.recipes.study.findings import Settings
 from lit_sparse.recipes.study.reading import (
+from lit_sparse.recipes.study.subjects import name_of
     Reading,
     Row,
     model_name,
@@ -76,15 +77,6 @@ class Measured:
         return np.array([i for i, law in enumerate(self.laws) if law.kind == kind], dtype=int)
 
 
-def measure_all(settings: Settings) -> list[Measured]:
-    """The models that were given, or the base model of the studies."""
-    if settings.models:
-        return [measure(settings, path) for path in settings.models]
-    from lit_sparse.recipes.study.base import base_model
-
-    return [measure(settings, base_model(settings))]
-
-
 def measure(settings: Settings, path: Path) -> Measured:
     """Calibrate a model, and run it under every law on text and tasks.
 
@@ -109,7 +101,7 @@ def measure(settings: Settings, path: Path) -> Measured:
         for name, own in rows.items():
             found[name].append([read(subject.model, row) for row in own])
     losses = [_losses(name, rows[name], dense[name], found[name]) for name in rows]
-    return Measured(model_name(path), context, laws, losses)
+    return Measured(name_of(path), context, laws, losses)
 
 
 def _rows(settings: Settings, subject: Subject, context: int) -> dict[str, list[Row]]:

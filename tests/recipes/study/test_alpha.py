@@ -1,12 +1,11 @@
 """Study `alpha`: the front against brute force, and verdicts where the answer is known."""
 
-import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import outcomes, rows
 
 from lit_sparse.budget import PRESETS, Budget
 from lit_sparse.calibration import ChosenLaw
@@ -117,15 +116,13 @@ def test_a_calibration_that_leaves_every_layer_dense_is_no_law():
 
 @pytest.mark.slow
 def test_the_quick_form_calibrates_and_holds_laws_against_each_other(small_model, tmp_path):
-    asked = ["study", "alpha", str(small_model), "--quick", "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    asked = ["study", "alpha", str(small_model), "--quick", "--out", str(out)]
     assert main([*asked, "--work", str(tmp_path)]) == 0
-    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]
-    assert len(verdicts) == 5
-    assert (tmp_path / "out" / "losses.png").stat().st_size > 10_000
-    with (tmp_path / "out" / "losses.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if line["task"] == "text"]
-    kinds = {line["kind"] for line in lines}
-    assert kinds == {"calibrated", "grid", "preset"}
+    assert len(outcomes(out)) == 5
+    assert (out / "losses.png").stat().st_size > 10_000
+    text = [line for line in rows(out, "losses") if line["task"] == "text"]
+    assert {line["kind"] for line in text} == {"calibrated", "grid", "preset"}
     # More keys of one C are more keys that are read.
-    keys = [float(line["executed keys"]) for line in lines if line["kind"] == "grid"]
+    keys = [float(line["executed keys"]) for line in text if line["kind"] == "grid"]
     assert keys[:4] == sorted(keys[:4])
