@@ -24,15 +24,8 @@ from lit_sparse.recipes.study.alpha.laws import (
     presets,
 )
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import (
+from lit_sparse.recipes.study.reading import Reading, Row, random_pieces, read, read_densely
 from lit_sparse.recipes.study.subjects import name_of
-    Reading,
-    Row,
-    model_name,
-    random_pieces,
-    read,
-    read_densely,
-)
 from lit_sparse.recipes.study.windows.cost import mixture
 
 TEXT = "text"

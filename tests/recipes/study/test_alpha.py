@@ -1,20 +1,22 @@
 """Study `alpha`: the front against brute force, and verdicts where the answer is known."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from reports import outcomes, rows
 
 from lit_sparse.budget import PRESETS, Budget
 from lit_sparse.calibration import ChosenLaw
-from lit_sparse.cli import main
 from lit_sparse.recipes.study.alpha.laws import Candidate, grid, presets
 from lit_sparse.recipes.study.alpha.measure import Losses, Measured
 from lit_sparse.recipes.study.alpha.pareto import distances, front, front_error
 from lit_sparse.recipes.study.alpha.verdicts import against_presets, on_the_front
 from lit_sparse.recipes.study.findings import Outcome, Settings
+
+sys.path.append(str(Path(__file__).parent))
+from reports import outcomes, rows, run
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -116,9 +118,7 @@ def test_a_calibration_that_leaves_every_layer_dense_is_no_law():
 
 @pytest.mark.slow
 def test_the_quick_form_calibrates_and_holds_laws_against_each_other(small_model, tmp_path):
-    out = tmp_path / "out"
-    asked = ["study", "alpha", str(small_model), "--quick", "--out", str(out)]
-    assert main([*asked, "--work", str(tmp_path)]) == 0
+    out = run("alpha", tmp_path, small_model)
     assert len(outcomes(out)) == 5
     assert (out / "losses.png").stat().st_size > 10_000
     text = [line for line in rows(out, "losses") if line["task"] == "text"]

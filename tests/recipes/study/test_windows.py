@@ -1,15 +1,15 @@
 """Study `windows`: costs against brute force, what a verdict says where the answer is known."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from reports import outcomes, rows
 
 from lit_sparse.attention import select
 from lit_sparse.budget import Budget
-from lit_sparse.cli import main
 from lit_sparse.recipes.study.findings import Outcome
 from lit_sparse.recipes.study.windows.compare import compare, keys_ratio
 from lit_sparse.recipes.study.windows.cost import (
@@ -23,6 +23,9 @@ from lit_sparse.recipes.study.windows.cost import (
 )
 from lit_sparse.recipes.study.windows.synthetic import NORMS, REGIMES, Errors, draw, errors
 from lit_sparse.recipes.study.windows.verdicts import best_exponent, on_synthetic_rows
+
+sys.path.append(str(Path(__file__).parent))
+from reports import outcomes, rows, run
 
 DOCUMENTS = (40, 7, 130, 40, 64)
 
@@ -149,9 +152,7 @@ def test_the_verdict_on_the_exponent_wants_that_of_the_need():
 
 @pytest.mark.slow
 def test_the_quick_form_reports_on_rows_and_on_a_model(small_model, tmp_path):
-    out = tmp_path / "out"
-    asked = ["study", "windows", str(small_model), "--quick", "--out", str(out)]
-    assert main([*asked, "--work", str(tmp_path)]) == 0
+    out = run("windows", tmp_path, small_model)
     found = outcomes(out)
     assert len(found) == len(NORMS) + 3 + 2
     # What theory says: a window of n^.5 keys has a falling error, one of o(log n) has not.
