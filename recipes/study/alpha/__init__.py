@@ -40,8 +40,8 @@ _NOTES = (
     "A calibration accepts a law whose missed mass is within its target in 95 % of the rows, heads "
     "and layers, so a target is met by far more keys than a mean row needs.",
     "The presets keep at least 1024 keys, which is everything at these contexts. Here they have no "
-    "floor, and their exponents go through 1, 2 and 4 times the share of the keys that they keep "
-    "at 32768 tokens.",
+    "floor, and their exponents go through 1, 2, 4 and 8 times the share of the keys that they "
+    "keep at 32768 tokens.",
 )
 
 

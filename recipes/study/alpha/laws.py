@@ -21,7 +21,7 @@ BLOCK = TILE = SINK = 4
 LONGEST = 2048
 """Of a model with a longer context so much is used, in tokens."""
 
-REFERENCE, FACTORS = 32768, (1, 2, 4)
+REFERENCE, FACTORS = 32768, (1, 2, 4, 8)
 """Context at which a preset's share of the keys is taken over to the longest one here, and what
 that is multiplied by: what counts is the exponent, at any number of keys."""
 
@@ -78,13 +78,14 @@ def other_documents(subject: Subject) -> Documents:
     return Documents(texts.documents.store, texts.documents.numbers[numbers])
 
 
-def calibrated(settings: Settings, subject: Subject, context: int) -> list[Candidate]:
-    """What `lit-sparse calibrate` finds for several targets, its check included.
-
-    A target that leaves every layer dense gives no law: it would be the dense model.
+def calibrated(
+    settings: Settings, subject: Subject, context: int
+) -> tuple[list[Candidate], list[str]]:
+    """What `lit-sparse calibrate` finds for several targets, its check included; and the targets
+    that leave every layer dense, which give no law.
     """
     rows, steps = (4, 3) if settings.quick else (8, 6)
-    found = []
+    found, dense = [], []
     for missed in MISSED[:3:2] if settings.quick else MISSED:
         target = f"{1 - missed:.0%} of the mass"
         settings.progress(f"{subject.path}: calibrated for {target}")
@@ -93,10 +94,11 @@ def calibrated(settings: Settings, subject: Subject, context: int) -> list[Candi
         own = subject.selecting.budget
         law = choose_law(fits, sink=SINK, local=own.local, late=own.late, block=BLOCK)
         if law.dense:
+            dense.append(target)
             continue
         check = run_check(subject, law, context, missed, steps, 0, settings.seed, _silent)
         found.append(Candidate("calibrated", target, raised(law, check.factor)))
-    return found
+    return found, dense
 
 
 def grid(settings: Settings, context: int) -> list[Candidate]:
@@ -121,6 +123,8 @@ def presets(context: int) -> list[Candidate]:
     for name, law in PRESETS.items():
         share = Budget.preset(name)(REFERENCE) / REFERENCE
         for factor in FACTORS:
+            if factor * share > 1:
+                continue
             budget = _through(factor * share, context, law["exponent"])
             found.append(Candidate("preset", f"{name} x {factor}", ChosenLaw(budget), name))
     return found

@@ -58,12 +58,13 @@ class Losses:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model."""
+    """One model; `dense` are the targets whose calibration leaves every layer dense."""
 
     name: str
     context: int
     laws: list[Candidate]
     losses: list[Losses]
+    dense: list[str]
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Numbers of the laws of a kind."""
@@ -80,11 +81,8 @@ def measure(settings: Settings, path: Path) -> Measured:
     with warnings.catch_warnings():
         # That a law is below what is always kept: the keys that are read are what counts.
         warnings.filterwarnings("ignore", message=".*always kept", category=UserWarning)
-        laws = [
-            *calibrated(settings, subject, context),
-            *grid(settings, context),
-            *presets(context),
-        ]
+        found_laws, dense_targets = calibrated(settings, subject, context)
+    laws = [*found_laws, *grid(settings, context), *presets(context)]
     rows = _rows(settings, subject, context)
     dense = {name: [read_densely(subject.model, row) for row in own] for name, own in rows.items()}
     found: dict[str, list[list[Reading]]] = {name: [] for name in rows}
@@ -94,7 +92,7 @@ def measure(settings: Settings, path: Path) -> Measured:
         for name, own in rows.items():
             found[name].append([read(subject.model, row) for row in own])
     losses = [_losses(name, rows[name], dense[name], found[name]) for name in rows]
-    return Measured(name_of(path), context, laws, losses)
+    return Measured(name_of(path), context, laws, losses, dense_targets)
 
 
 def _rows(settings: Settings, subject: Subject, context: int) -> dict[str, list[Row]]:

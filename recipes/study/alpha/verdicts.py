@@ -88,7 +88,7 @@ def _front_verdict(found: Sequence[Measured], place: int, seed: int) -> Verdict:
         if not counts(losses):
             unknown.append(measured.name)
             continue
-        idle += int((~some).sum())
+        idle += int((~some).sum()) + len(measured.dense)
         total += len(own)
         near += sum(e.low <= 0 or e.mean <= tolerance(losses) for e in own)
     outcome = Outcome.of(near == total and total > 0 and not unknown and not idle, near > 0)
@@ -96,11 +96,9 @@ def _front_verdict(found: Sequence[Measured], place: int, seed: int) -> Verdict:
     if near < total:
         limits.append(f"{total - near} of {total} laws lie further above it")
     if idle:
-        limits.append(f"{idle} targets need {SAVING:.0%} of the keys or more, and are left out")
+        limits.append(f"targets left out, which need {SAVING:.0%} of the keys or more: {idle}")
     if unknown:
         limits.append(f"the dense model cannot do the task ({', '.join(unknown)}): of no weight")
-    if not total and not unknown and not idle:
-        limits.append("the calibration leaves every layer dense at every target")
     return Verdict(
         f"The calibrated alpha and C lie on the Pareto front of the grid, or within {NEAR:.0%} of "
         f"the dense loss ({name}, loss against executed keys).",
