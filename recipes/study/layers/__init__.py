@@ -81,7 +81,7 @@ def _look(settings: Settings, subject: Subject, kind: str) -> Depth:
 
 
 def _texts_of_a_length(settings: Settings) -> int:
-    return 8 if settings.quick else 16
+    return 8 if settings.quick else 32
 
 
 def _notes(found: list[Depth]) -> list[str]:

@@ -75,7 +75,7 @@ class Bounds:
 
 def measure(settings: Settings) -> Measured:
     lengths = [2**i for i in (range(10, 14) if settings.quick else range(10, 18))]
-    repetitions, heads = (12, 8) if settings.quick else (32, 8)
+    repetitions, heads = (24, 8) if settings.quick else (32, 8)
     shape = repetitions, len(lengths)
     at_gamma = {name: np.zeros((*shape, len(GAMMAS))) for name in STATISTICS}
     of = {(name, growth.name): np.zeros(shape) for name in STATISTICS for growth in GROWTHS}

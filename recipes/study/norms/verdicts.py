@@ -19,8 +19,9 @@ from lit_sparse.recipes.study.norms.measure import (
 )
 from lit_sparse.recipes.study.stats import Estimate, crossing, log_slope, mean_of
 
-BROKEN = 0.15
-"""An effective support whose exponent is below this grows like no power of n."""
+BROKEN = (1 - SAME_RATE.gamma) / 2
+"""Sparsity is broken where the exponent of the effective support is below half of what it is at the
+rate that keeps it."""
 
 NEARLY_ALL, NEARLY_NONE = 0.95, 0.05
 """Shares of rows."""
@@ -47,13 +48,18 @@ def threshold(measured: Measured, place: int, criterion: str) -> Estimate:
 
 
 def _breaks(measured: Measured) -> Verdict:
-    """With a limit where growing like sqrt(ln n) breaks it too, with a larger constant."""
+    """Broken: below `BROKEN`, and for sure below the rate that keeps it. With a limit where growing
+    like sqrt(ln n) breaks it too, with a larger constant."""
     exponents = {
         growth.name: exponent(measured, growth.name) for growth in (SAME_RATE, BEYOND, *FASTER)
     }
-    breaks = all(exponents[growth.name].high < BROKEN for growth in FASTER)
-    holds = exponents[SAME_RATE.name].low > BROKEN
-    beyond = exponents[BEYOND.name].high < BROKEN
+    kept_rate = exponents[SAME_RATE.name]
+    broken = {
+        name: found.mean < BROKEN and found.high < kept_rate.low
+        for name, found in exponents.items()
+    }
+    breaks = all(broken[growth.name] for growth in FASTER)
+    holds, beyond = kept_rate.low > BROKEN, broken[BEYOND.name]
     kept = mean_of(measured.of["mass of n^.5 keys", FASTER[-1].name][:, -1])
     return Verdict(
         "n^C sparsity breaks when weight norms grow faster than O(sqrt(log n))",

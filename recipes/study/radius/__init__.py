@@ -32,12 +32,12 @@ def run(settings: Settings) -> Findings:
     if not settings.models and (QUICKSTART / "config.json").is_file():
         models.append(QUICKSTART)
     own = [subjects.trained(path) for path in models]
-    count = 4 if settings.quick else 16
+    count = 4 if settings.quick else 32
     found, rotated = [], []
     for subject in (*own, subjects.untrained(models[0], settings.seed)):
         found += _on_all_texts(subject, settings, count)
     for subject in own:
-        rotated += rotate(subject, settings, 2 if settings.quick else 6, _ROWS)
+        rotated += rotate(subject, settings, 2 if settings.quick else 12, _ROWS)
     return _findings(found, rotated, settings, count)
 
 
