@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,12 +82,6 @@ class Reading:
     keys: float
     missed: np.ndarray
     output_error: np.ndarray
-
-
-def model_name(path: Path) -> str:
-    """Of a model's directory; where that is named as every run names it, of the run."""
-    path = path.absolute()
-    return path.parent.name if path.name == "huggingface" else path.name
 
 
 def random_pieces(

@@ -21,14 +21,15 @@ BLOCK = TILE = SINK = 4
 LONGEST = 2048
 """Of a model with a longer context so much is used, in tokens."""
 
-REFERENCES = (8192, 32768)
-"""Contexts at which a preset's share of the keys is taken over to the longest one here."""
+REFERENCE, FACTORS = 32768, (1, 2, 4, 8)
+"""Context at which a preset's share of the keys is taken over to the longest one here, and what
+that is multiplied by: what counts is the exponent, at any number of keys."""
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """The grid: C, and keys of the longest context."""
 
-MISSED = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+MISSED = (0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
 """Shares of the attention mass that calibrated laws may miss; the last is the default's."""
 
 
@@ -40,11 +41,13 @@ class Candidate:
         kind: "calibrated", "grid" or "preset".
         name: of tables.
         chosen: its budget, and those of single layers.
+        preset: the name of the one that it is a multiple of.
     """
 
     kind: str
     name: str
     chosen: ChosenLaw
+    preset: str = ""
 
     @property
     def exponent(self) -> float:
@@ -75,14 +78,15 @@ def other_documents(subject: Subject) -> Documents:
     return Documents(texts.documents.store, texts.documents.numbers[numbers])
 
 
-def calibrated(settings: Settings, subject: Subject, context: int) -> list[Candidate]:
-    """What `lit-sparse calibrate` finds for several targets, its check included.
-
-    A target that leaves every layer dense gives no law: it would be the dense model.
+def calibrated(
+    settings: Settings, subject: Subject, context: int
+) -> tuple[list[Candidate], list[str]]:
+    """What `lit-sparse calibrate` finds for several targets, its check included; and the targets
+    that leave every layer dense, which give no law.
     """
     rows, steps = (4, 3) if settings.quick else (8, 6)
-    found = []
-    for missed in MISSED[1:4:2] if settings.quick else MISSED:
+    found, dense = [], []
+    for missed in MISSED[:3:2] if settings.quick else MISSED:
         target = f"{1 - missed:.0%} of the mass"
         settings.progress(f"{subject.path}: calibrated for {target}")
         needs = measure(subject, missed, rows, settings.seed, _silent)
@@ -90,10 +94,11 @@ def calibrated(settings: Settings, subject: Subject, context: int) -> list[Candi
         own = subject.selecting.budget
         law = choose_law(fits, sink=SINK, local=own.local, late=own.late, block=BLOCK)
         if law.dense:
+            dense.append(target)
             continue
         check = run_check(subject, law, context, missed, steps, 0, settings.seed, _silent)
         found.append(Candidate("calibrated", target, raised(law, check.factor)))
-    return found
+    return found, dense
 
 
 def grid(settings: Settings, context: int) -> list[Candidate]:
@@ -111,15 +116,17 @@ def grid(settings: Settings, context: int) -> list[Candidate]:
 
 
 def presets(context: int) -> list[Candidate]:
-    """The presets' exponents, through the share of the keys that they keep at each of `REFERENCES`,
-    without their floor of 1024 keys: at the contexts here they would keep everything.
+    """The presets' exponents, through multiples of the share of the keys that they keep at
+    `REFERENCE`, without their floor of 1024 keys: at the contexts here they would keep everything.
     """
     found = []
-    for reference in REFERENCES:
-        for name, law in PRESETS.items():
-            share = Budget.preset(name)(reference) / reference
-            budget = _through(share, context, law["exponent"])
-            found.append(Candidate("preset", f"{name} as at {reference}", ChosenLaw(budget)))
+    for name, law in PRESETS.items():
+        share = Budget.preset(name)(REFERENCE) / REFERENCE
+        for factor in FACTORS:
+            if factor * share > 1:
+                continue
+            budget = _through(factor * share, context, law["exponent"])
+            found.append(Candidate("preset", f"{name} x {factor}", ChosenLaw(budget), name))
     return found
 
 

@@ -24,14 +24,8 @@ from lit_sparse.recipes.study.alpha.laws import (
     presets,
 )
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import (
-    Reading,
-    Row,
-    model_name,
-    random_pieces,
-    read,
-    read_densely,
-)
+from lit_sparse.recipes.study.reading import Reading, Row, random_pieces, read, read_densely
+from lit_sparse.recipes.study.subjects import name_of
 from lit_sparse.recipes.study.windows.cost import mixture
 
 TEXT = "text"
@@ -49,7 +43,7 @@ class Losses:
         loss: the loss less that of the dense model, nats per token (of the answer), [laws, rows];
             all lengths count alike.
         right: share of the answers, [laws].
-        dense_loss, dense_right: of the dense model.
+        dense_loss, dense_right, dense_keys: of the dense model.
     """
 
     name: str
@@ -59,29 +53,22 @@ class Losses:
     right: np.ndarray
     dense_loss: float
     dense_right: float
+    dense_keys: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model."""
+    """One model; `dense` are the targets whose calibration leaves every layer dense."""
 
     name: str
     context: int
     laws: list[Candidate]
     losses: list[Losses]
+    dense: list[str]
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Numbers of the laws of a kind."""
         return np.array([i for i, law in enumerate(self.laws) if law.kind == kind], dtype=int)
-
-
-def measure_all(settings: Settings) -> list[Measured]:
-    """The models that were given, or the base model of the studies."""
-    if settings.models:
-        return [measure(settings, path) for path in settings.models]
-    from lit_sparse.recipes.study.base import base_model
-
-    return [measure(settings, base_model(settings))]
 
 
 def measure(settings: Settings, path: Path) -> Measured:
@@ -94,11 +81,8 @@ def measure(settings: Settings, path: Path) -> Measured:
     with warnings.catch_warnings():
         # That a law is below what is always kept: the keys that are read are what counts.
         warnings.filterwarnings("ignore", message=".*always kept", category=UserWarning)
-        laws = [
-            *calibrated(settings, subject, context),
-            *grid(settings, context),
-            *presets(context),
-        ]
+        found_laws, dense_targets = calibrated(settings, subject, context)
+    laws = [*found_laws, *grid(settings, context), *presets(context)]
     rows = _rows(settings, subject, context)
     dense = {name: [read_densely(subject.model, row) for row in own] for name, own in rows.items()}
     found: dict[str, list[list[Reading]]] = {name: [] for name in rows}
@@ -108,7 +92,7 @@ def measure(settings: Settings, path: Path) -> Measured:
         for name, own in rows.items():
             found[name].append([read(subject.model, row) for row in own])
     losses = [_losses(name, rows[name], dense[name], found[name]) for name in rows]
-    return Measured(model_name(path), context, laws, losses)
+    return Measured(name_of(path), context, laws, losses, dense_targets)
 
 
 def _rows(settings: Settings, subject: Subject, context: int) -> dict[str, list[Row]]:
@@ -159,4 +143,5 @@ def _losses(
         np.array([mean(law, "right").mean() for law in found]),
         float(dense_loss.mean()),
         float(mean(dense, "right").mean()),
+        dense[0].keys,
     )

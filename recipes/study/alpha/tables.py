@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lit_sparse.budget import PRESETS
 from lit_sparse.recipes.study.alpha.measure import Measured
 from lit_sparse.recipes.study.alpha.verdicts import above_front, above_presets, tolerance
 from lit_sparse.recipes.study.findings import Table
@@ -41,21 +42,21 @@ def distances_table(found: Sequence[Measured], seed: int) -> Table:
         for losses in measured.losses:
             fronts = above_front(measured, losses, seed)
             presets = above_presets(measured, losses, seed)
-            for name, grid, preset in zip(names, fronts, presets, strict=True):
-                rows.append(
-                    [
-                        *(measured.name, losses.name, name, grid.mean, grid.low, grid.high),
-                        tolerance(losses),
-                        *((preset.mean, preset.low, preset.high) if preset else [None] * 3),
-                    ]
-                )
+            for place, (name, front) in enumerate(zip(names, fronts, strict=True)):
+                against = [
+                    None if estimates[place] is None else str(estimates[place])
+                    for estimates in presets.values()
+                ]
+                keys = float(losses.keys[measured.of_kind("calibrated")[place]])
+                told = [measured.name, losses.name, name, keys, front.mean, front.low, front.high]
+                rows.append([*told, tolerance(losses), *against])
     return Table(
         "distances",
-        "How far calibrated laws lie above the front of the grid, and above that of the presets, "
-        "at equal executed keys; nats per token, 95 % intervals",
+        "How far calibrated laws lie above the front of the grid, and above each preset's "
+        "exponent, at equal executed keys; nats per token, 95 % intervals",
         (
-            *("model", "task", "target", "above grid", "low", "high", "near is"),
-            *("above presets", "its low", "its high"),
+            *("model", "task", "target", "executed keys", "above grid", "low", "high", "near is"),
+            *(f"above {preset}" for preset in PRESETS),
         ),
         rows,
     )

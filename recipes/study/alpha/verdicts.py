@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lit_sparse.budget import PRESETS
 from lit_sparse.recipes.study.alpha.measure import TEXT, Losses, Measured
 from lit_sparse.recipes.study.alpha.pareto import distances
 from lit_sparse.recipes.study.findings import Outcome, Verdict
@@ -18,6 +19,10 @@ KNOWN = 0.5
 """Share of a task's prompts that a dense model must answer for its loss to say something."""
 
 
+SAVING = 0.9
+"""Share of the keys from which a law is as good as dense: that it loses nothing says nothing."""
+
+
 def tolerance(losses: Losses) -> float:
     """What counts as near, nats per token."""
     return NEAR * max(losses.dense_loss, 1.0)
@@ -28,24 +33,34 @@ def counts(losses: Losses) -> bool:
     return losses.name == TEXT or losses.dense_right >= KNOWN
 
 
+def saves(losses: Losses, laws: np.ndarray) -> np.ndarray:
+    """Which laws leave out enough keys to be looked at."""
+    return np.asarray(losses.keys[laws] <= SAVING * losses.dense_keys)
+
+
 def above_front(measured: Measured, losses: Losses, seed: int) -> list[Estimate]:
     """How far each calibrated law lies above the front of the grid, nats per token."""
-    return _above(measured, losses, "grid", seed)
+    return _above(measured, losses, measured.of_kind("grid"), seed)
 
 
-def above_presets(measured: Measured, losses: Losses, seed: int) -> list[Estimate | None]:
-    """The same above the presets' own front; None at costs that these do not reach."""
-    reach = losses.keys[measured.of_kind("preset")]
-    keys = losses.keys[measured.of_kind("calibrated")]
-    found = _above(measured, losses, "preset", seed)
-    return [
-        estimate if reach.min() <= own <= reach.max() else None
-        for own, estimate in zip(keys, found, strict=True)
-    ]
+def above_presets(
+    measured: Measured, losses: Losses, seed: int
+) -> dict[str, list[Estimate | None]]:
+    """The same above each preset's multiples; None at costs that these do not reach."""
+    found: dict[str, list[Estimate | None]] = {}
+    own = losses.keys[measured.of_kind("calibrated")]
+    for preset in PRESETS:
+        laws = np.array([i for i, law in enumerate(measured.laws) if law.preset == preset])
+        reach = losses.keys[laws].min(), losses.keys[laws].max()
+        found[preset] = [
+            estimate if reach[0] <= keys <= reach[1] else None
+            for keys, estimate in zip(own, _above(measured, losses, laws, seed), strict=True)
+        ]
+    return found
 
 
-def _above(measured: Measured, losses: Losses, kind: str, seed: int) -> list[Estimate]:
-    own, others = measured.of_kind("calibrated"), measured.of_kind(kind)
+def _above(measured: Measured, losses: Losses, others: np.ndarray, seed: int) -> list[Estimate]:
+    own = measured.of_kind("calibrated")
     # The first draw is what was measured.
     errors = np.concatenate(
         [losses.loss.mean(1, keepdims=True), resampled_means(losses.loss, seed)], axis=1
@@ -63,20 +78,25 @@ def on_the_front(found: Sequence[Measured], seed: int) -> list[Verdict]:
 
 def _front_verdict(found: Sequence[Measured], place: int, seed: int) -> Verdict:
     name = found[0].losses[place].name
-    near, total, parts, unknown = 0, 0, [], []
+    near = total = idle = 0
+    parts, unknown = [], []
     for measured in found:
         losses = measured.losses[place]
-        estimates = above_front(measured, losses, seed)
-        parts.append(f"{measured.name}: {_listed(measured, losses, estimates)}")
+        some = saves(losses, measured.of_kind("calibrated"))
+        own = np.array(above_front(measured, losses, seed), dtype=object)[some].tolist()
+        parts.append(f"{measured.name}: {_listed(measured, losses, own, some)}")
         if not counts(losses):
             unknown.append(measured.name)
             continue
-        total += len(estimates)
-        near += sum(e.low <= 0 or e.mean <= tolerance(losses) for e in estimates)
-    outcome = Outcome.of(near == total and total > 0 and not unknown, near > 0)
-    limits = [f"{total - near} of {total} targets lie further above it"] if near < total else []
-    if not total and not unknown:
-        limits.append("the calibration leaves every layer dense at every target")
+        idle += int((~some).sum()) + len(measured.dense)
+        total += len(own)
+        near += sum(e.low <= 0 or e.mean <= tolerance(losses) for e in own)
+    outcome = Outcome.of(near == total and total > 0 and not unknown and not idle, near > 0)
+    limits = []
+    if near < total:
+        limits.append(f"{total - near} of {total} laws lie further above it")
+    if idle:
+        limits.append(f"targets left out, which need {SAVING:.0%} of the keys or more: {idle}")
     if unknown:
         limits.append(f"the dense model cannot do the task ({', '.join(unknown)}): of no weight")
     return Verdict(
@@ -90,46 +110,46 @@ def _front_verdict(found: Sequence[Measured], place: int, seed: int) -> Verdict:
 
 def against_presets(found: Sequence[Measured], seed: int) -> Verdict:
     """Over all tasks that count."""
-    better = worse = total = outside = 0
-    parts = []
+    means: dict[str, list[float]] = {preset: [] for preset in PRESETS}
+    better = worse = outside = 0
     for measured in found:
-        for losses in measured.losses:
-            if not counts(losses):
-                continue
-            estimates = above_presets(measured, losses, seed)
-            outside += estimates.count(None)
-            known = [estimate for estimate in estimates if estimate is not None]
-            total += len(known)
-            better += sum(e.high < 0 for e in known)
-            worse += sum(e.low > 0 for e in known)
-            if known:
-                means = [e.mean for e in known]
-                parts.append(
-                    f"{measured.name}, {losses.name} {min(means):+.3g} to {max(means):+.3g}"
-                )
+        for losses in filter(counts, measured.losses):
+            some = saves(losses, measured.of_kind("calibrated")).tolist()
+            for preset, estimates in above_presets(measured, losses, seed).items():
+                for estimate, saving in zip(estimates, some, strict=True):
+                    if estimate is None:
+                        outside += saving
+                    elif saving:
+                        means[preset].append(estimate.mean)
+                        better += estimate.high < 0
+                        worse += estimate.low > 0
+    total = sum(map(len, means.values()))
     outcome = Outcome.of(better == total and total > 0, better > worse)
-    limit = f"worse beyond chance in {worse}, no difference in {total - better - worse}" + (
-        f"; {outside} cost more or less than any preset" if outside else ""
-    )
+    spans = [
+        f"{preset} {np.mean(own):+.3g} ({min(own):+.3g} to {max(own):+.3g})"
+        for preset, own in means.items()
+        if own
+    ]
+    limit = f"worse beyond chance in {worse}, no difference in {total - better - worse}"
+    if outside:
+        limit += f"; {outside} cases cost more or less than was tried of the preset"
     return Verdict(
-        "At equal executed keys the calibrated laws lose less than the presets, scaled to the "
-        "context.",
+        "At equal executed keys the calibrated laws lose less than the presets' exponents do.",
         outcome,
-        f"less loss beyond chance in {better} of {total} cases (task, target), nats per token "
-        f"against the presets: {'; '.join(parts) or 'none compared'}.",
+        f"less loss beyond chance in {better} of {total} cases (task, target, preset); nats per "
+        f"token above a preset, mean and range: {'; '.join(spans) or 'none compared'}.",
         "" if outcome is Outcome.SUPPORTED else f"{_capital(limit)}.",
     )
 
 
-def _listed(measured: Measured, losses: Losses, estimates: Sequence[Estimate]) -> str:
-    own = measured.of_kind("calibrated")
-    return (
-        ", ".join(
-            f"{estimate} at {losses.keys[i]:.0f} keys"
-            for i, estimate in zip(own, estimates, strict=True)
-        )
-        or "no sparse law"
-    )
+def _listed(
+    measured: Measured, losses: Losses, estimates: Sequence[Estimate], some: np.ndarray
+) -> str:
+    keys = losses.keys[measured.of_kind("calibrated")][some]
+    listed = [
+        f"{estimate} at {own:.0f} keys" for estimate, own in zip(estimates, keys, strict=True)
+    ]
+    return ", ".join(listed) or "no law that leaves out keys"
 
 
 def _capital(text: str) -> str:

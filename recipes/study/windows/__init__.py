@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> Findings:
     """Synthetic rows, slow windows, and trained models on rows that mix document lengths."""
+    from lit_sparse.recipes.study.subjects import given
     from lit_sparse.recipes.study.windows import persistence, synthetic, trained
     from lit_sparse.recipes.study.windows.figures import (
         growth_chart,
@@ -30,7 +31,7 @@ def run(settings: Settings) -> Findings:
 
     seed = settings.seed
     rows, growth = synthetic.measure(settings), persistence.measure(settings)
-    models = trained.measure_all(settings)
+    models = [trained.measure(settings, path) for path in given(settings)]
     return Findings(
         question="Is a window that adapts to the context, k(n) = alpha n^C, better than a constant "
         "one where document lengths differ, if both cost the same? And does the error of a window "

@@ -14,7 +14,8 @@ from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.measure import load, longest_context
 from lit_sparse.recipes.calibrate.texts import open_documents
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import Row, model_name, random_pieces, read, read_densely
+from lit_sparse.recipes.study.reading import Row, random_pieces, read, read_densely
+from lit_sparse.recipes.study.subjects import name_of
 from lit_sparse.recipes.study.windows.cost import (
     CONSTANT,
     RULES,
@@ -65,15 +66,6 @@ class Trained:
     def of(self, norm: str) -> np.ndarray:
         """[costs, rules, lengths, rows]."""
         return self.values[NORMS.index(norm)]
-
-
-def measure_all(settings: Settings) -> list[Trained]:
-    """The models that were given, or the base model of the studies."""
-    if settings.models:
-        return [measure(settings, path) for path in settings.models]
-    from lit_sparse.recipes.study.base import base_model
-
-    return [measure(settings, base_model(settings))]
 
 
 def measure(settings: Settings, path: Path) -> Trained:
@@ -128,4 +120,4 @@ def measure(settings: Settings, path: Path) -> Trained:
                 ]
             executed[i, j] = np.mean(read_keys)
     dense_loss = np.mean([by_length(found.loss) for found in dense], axis=0)
-    return Trained(model_name(path), lengths, executed, values, dense_loss)
+    return Trained(name_of(path), lengths, executed, values, dense_loss)

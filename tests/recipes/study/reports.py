@@ -9,8 +9,9 @@ from pathlib import Path
 from lit_sparse.recipes.study import main
 
 
-def run(study: str, out: Path) -> Path:
-    assert main([study, "--quick", "--out", str(out), "--work", str(out / "work")]) == 0
+def run(study: str, out: Path, *models: Path) -> Path:
+    named = [study, *map(str, models)]
+    assert main([*named, "--quick", "--out", str(out), "--work", str(out / "work")]) == 0
     return out
 
 

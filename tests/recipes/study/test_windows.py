@@ -1,8 +1,8 @@
 """Study `windows`: costs against brute force, what a verdict says where the answer is known."""
 
-import csv
-import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ import torch
 
 from lit_sparse.attention import select
 from lit_sparse.budget import Budget
-from lit_sparse.cli import main
 from lit_sparse.recipes.study.findings import Outcome
 from lit_sparse.recipes.study.windows.compare import compare, keys_ratio
 from lit_sparse.recipes.study.windows.cost import (
@@ -24,6 +23,9 @@ from lit_sparse.recipes.study.windows.cost import (
 )
 from lit_sparse.recipes.study.windows.synthetic import NORMS, REGIMES, Errors, draw, errors
 from lit_sparse.recipes.study.windows.verdicts import best_exponent, on_synthetic_rows
+
+sys.path.append(str(Path(__file__).parent))
+from reports import outcomes, rows, run
 
 DOCUMENTS = (40, 7, 130, 40, 64)
 
@@ -150,17 +152,15 @@ def test_the_verdict_on_the_exponent_wants_that_of_the_need():
 
 @pytest.mark.slow
 def test_the_quick_form_reports_on_rows_and_on_a_model(small_model, tmp_path):
-    asked = ["study", "windows", str(small_model), "--quick", "--out", str(tmp_path / "out")]
-    assert main([*asked, "--work", str(tmp_path)]) == 0
-    verdicts = json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]
-    assert len(verdicts) == len(NORMS) + 3 + 2
-    for name in ("synthetic_cost", "synthetic_length", "slow_windows", "trained_cost"):
-        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    out = run("windows", tmp_path, small_model)
+    found = outcomes(out)
+    assert len(found) == len(NORMS) + 3 + 2
     # What theory says: a window of n^.5 keys has a falling error, one of o(log n) has not.
-    assert verdicts[-1]["outcome"] != Outcome.NOT_HERE.value
-    with (tmp_path / "out" / "trained_executed.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 3
-    for line in lines:
+    assert found[-1] != Outcome.NOT_HERE.value
+    for name in ("synthetic_cost", "synthetic_length", "slow_windows", "trained_cost"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    executed = rows(out, "trained_executed")
+    assert len(executed) == 3
+    for line in executed:
         keys = [float(line[rule.name]) for rule in RULES]
         assert max(keys) == pytest.approx(min(keys), rel=0.02)
