@@ -120,12 +120,13 @@ def test_a_mend_mends_if_seeds_agree_and_the_task_is_back():
     }
     said = verdicts.of_runs(results(shares), PLAN)
     by = {one.claim: (one.outcome, one.limit) for one in said}
-    assert len(by) == sum(len(mends) - 1 for mends in ARMS.values())
+    # Each mend from each start, at twice the length too where the start is dispersed.
+    assert len(by) == sum(len(mends) - 1 for mends in ARMS.values()) + 2
     assert by["QK-norm mends a concentrated start"] == (Outcome.SUPPORTED, "")
     outcome, limit = by["QK-clip mends a concentrated start"]
     assert (outcome, limit) == (Outcome.LIMITED, "51% of what collapse cost is back")
     assert by["Length-scaled softmax mends a concentrated start"][0] == Outcome.NOT_HERE
-    outcome, limit = by["QK-norm mends a dispersed start"]
+    outcome, limit = by["QK-norm mends a dispersed start, at the length of training"]
     assert outcome == Outcome.NOT_HERE
     assert "without a mend" in limit
 
