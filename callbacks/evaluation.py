@@ -39,7 +39,7 @@ class LongContextEval(Callback):
     prompt has to fit on one, without gradients.
 
     Args:
-        tasks: some of passkey, multikey, multivalue, variables, aggregation, ppl.
+        tasks: some of copy, passkey, multikey, multivalue, variables, aggregation, ppl.
         prompts: of each task, at evenly spaced depths.
         documents: of ppl, at most.
         generate: whether to generate too.

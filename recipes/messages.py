@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 
 _KEY = re.compile(r'^( *)(?:- )?Parser key "([^"]+)":', re.MULTILINE)
+_REPLACED = {
+    "data.passkey_fraction": "data.tasks: {passkey: SHARE}",
+    "data.passkey_recalls": "data.task_recalls",
+}
 _WANTED = re.compile(r"Expected an? (.+)\. Got value: (.*)")
 
 
@@ -18,6 +22,9 @@ def own_words(error: BaseException) -> str:
         if len(own) == 1:
             return own[0]
         error = error.__cause__
+    for key, now in _REPLACED.items():
+        if key in str(error):
+            return f"there is no key {key} any more: write {now}"
     return _wrong_value(str(error)) or str(error)
 
 

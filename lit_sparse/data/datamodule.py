@@ -69,7 +69,8 @@ class PackedTextDataModule(LightningDataModule):
             that carry them, together at most 1.
         task_recalls: how many statements, or questions with their answers, more such a piece holds.
         text_field: key or column of the text in records of a corpus that is not packed yet.
-        seed: of the split, the order and the tasks.
+        seed: of the order and the tasks, and of the split.
+        split_seed: of the split, where other seeds shall leave it as it is; None: `seed`.
         num_workers: processes that assemble rows; 0 is the training process itself.
         cache_dir: where packed corpora and rows are kept; None: $LIT_SPARSE_CACHE or the user's
             cache folder.
@@ -98,6 +99,7 @@ class PackedTextDataModule(LightningDataModule):
         task_recalls: int = 0,
         text_field: str = "text",
         seed: int = 0,
+        split_seed: int | None = None,
         num_workers: int = 0,
         cache_dir: str | None = None,
         curriculum: Curriculum | None = None,
@@ -121,6 +123,7 @@ class PackedTextDataModule(LightningDataModule):
         longer = upsample_longer_than
         require(longer is None or longer >= 1, "upsample_longer_than", ">= 1 or null", longer)
         require(seed >= 0, "seed", ">= 0", seed)
+        require(split_seed is None or split_seed >= 0, "split_seed", ">= 0 or null", split_seed)
         require(num_workers >= 0, "num_workers", ">= 0", num_workers)
         check_shares(tasks or {})
         self.path, self.tokenizer, self.text_field = path, tokenizer, text_field
@@ -133,6 +136,7 @@ class PackedTextDataModule(LightningDataModule):
             upsample=None if longer is None else (longer, upsample_times),
             validation_fraction=fraction,
             seed=seed,
+            split_seed=seed if split_seed is None else split_seed,
         )
         self.validation_rows = validation_rows
         self.tasks, self.task_recalls = dict(tasks or {}), task_recalls
@@ -183,7 +187,7 @@ class PackedTextDataModule(LightningDataModule):
     @cached_property
     def validation_documents(self) -> list[Documents]:
         """Of each store, the documents that are kept for validation."""
-        fraction, seed = self.packing.validation_fraction, self.packing.seed
+        fraction, seed = self.packing.validation_fraction, self.packing.split_seed
         return [Documents(store, store.split(fraction, seed)[1]) for store in self.stores.values()]
 
     @property
@@ -256,13 +260,7 @@ class PackedTextDataModule(LightningDataModule):
         if self._run is None:
             curriculum.check(row_tokens=self.row_tokens, block=self.block)
             weights = self._weights()
-            for task in self.planting.tasks:
-                if task.shortest > curriculum.longest:
-                    raise ValueError(
-                        f"data.tasks.{task.name} needs pieces of {task.shortest} tokens, and the "
-                        f"longest stage has {curriculum.longest}; leave it out, or lengthen "
-                        "curriculum.stages"
-                    )
+            self.planting.check(curriculum.longest)
             self._run = RunIndex.build(
                 self.stores, weights, curriculum, self.packing, self.cache_dir
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -101,6 +101,13 @@ class Evaluation:
     keeps every key, and both measurements are of dense attention.
     """
     left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss is."""
+        answers = [sides for at in self.answers.values() for sides in at.values()]
+        measured: list[Mapping[str, Any]] = [*self.losses.values(), *answers]
+        return all(np.isfinite(own.nats).all() for sides in measured for own in sides.values())
 
 
 def evaluate(
@@ -239,4 +246,5 @@ class _Sides:
         selection: Selection,
         *others: Any,
     ) -> None:
-        self._densities.append(selection.density)
+        if len(q) == len(k):  # no step of generation
+            self._densities.append(selection.density)

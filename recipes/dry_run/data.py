@@ -53,7 +53,8 @@ def read_data(datamodule: PackedTextDataModule, settings: Settings) -> Data:
     """Look at what `data.path` and `data.tokenizer` name. Packs nothing.
 
     Raises:
-        ValueError: a store is damaged, or does not go with the others or the tokenizer.
+        ValueError: a store is damaged, or does not go with the others or the tokenizer; or a task
+            of `data.tasks` does not go with the tokenizer or the stages.
     """
     paths = paths_of(datamodule.path)
     there = [path == "stdlib" or Path(path).exists() for path in paths]
@@ -64,6 +65,7 @@ def read_data(datamodule: PackedTextDataModule, settings: Settings) -> Data:
     if tokenizer is not None:
         packed = {path: 1.0 for path in paths if is_store(path)}
         stores = open_stores(packed, tokenizer)
+        datamodule.planting.check(settings.curriculum.longest)
     weights = stage_weights(datamodule.path, settings.curriculum)
     row = settings.rows_per_step * settings.row_tokens
     tokens = [stage.steps * row for stage in settings.curriculum.stages] @ weights

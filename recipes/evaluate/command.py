@@ -32,7 +32,7 @@ from lit_sparse.recipes.evaluate.subject import Loading, load
 
 PROGRAM = "lit-sparse evaluate"
 
-_SAY_SECONDS = 5
+_SAY_SECONDS = 10
 
 
 def main(argv: list[str]) -> int:
@@ -180,6 +180,8 @@ def _evaluate(given: Path, options: argparse.Namespace) -> Result:
         )
     except NotImplementedError as error:
         raise BadArgument(f"MODEL {subject.path}: {error}") from error
+    if not found.finite:
+        raise BadArgument(f"MODEL {subject.path} has losses that are not finite")
     return Result(subject, options.data, dtype, found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,10 +163,10 @@ def inspect_model(directory: Path, task: Task, progress: Callable[[str], None]) 
     length = task.length or min(DEFAULT_LENGTH, context_of(model.config.to_dict()))
     check_length(model, length)
     texts, names = _texts(model, directory, task, length)
-    inputs = {layer: _Inputs() for layer in law_layers(model)}
+    inputs = {layer: Inputs() for layer in law_layers(model)}
     logits = _Logits(task.rows, length // 2)
     watch = observe(model, logits, inputs)
-    with torch.no_grad(), dense_attention(model), watch, _watch(model, inputs):
+    with torch.no_grad(), dense_attention(model), watch, watch_inputs(model, inputs):
         for number, tokens in enumerate(texts, start=1):
             progress(f"{directory}: text {number} of {len(texts)} ...")
             logits.text = number
@@ -229,7 +229,7 @@ def _load(directory: Path, task: Task) -> tuple[Any, bool]:
 
 
 @dataclass
-class _Inputs:
+class Inputs:
     """Of all tokens that a layer's projections saw."""
 
     largest: float = 0.0
@@ -247,16 +247,20 @@ class _Inputs:
 
     @property
     def rms(self) -> float:
+        """Root mean square of the entries."""
         return (self.squares / (self.tokens * self.total.numel())) ** 0.5
 
     @property
     def mean_share(self) -> float:
+        """Share of the power that every token has in common."""
         return self.total.square().sum().item() / (self.tokens * self.squares)
 
 
 @contextmanager
-def _watch(model: Any, inputs: dict[int, _Inputs]) -> Iterator[None]:
-    """Adds what enters each layer's query projection, the same as what enters the others."""
+def watch_inputs(model: Any, inputs: Mapping[int, Inputs]) -> Iterator[None]:
+    """Inside, what enters the query projection of these layers, the same as what enters the others,
+    is added to the layer's.
+    """
     hooks = [
         query_projection(module).register_forward_pre_hook(
             lambda _, args, own=inputs[layer]: own.add(args[0])

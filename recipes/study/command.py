@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.study.findings import Findings, Settings
 
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "that the study trains first)",
     )
     add("--quick", action="store_true", help="a smaller form, under 2 minutes on two cores")
+    add("--large", action="store_true", help="training: 1k to 32k tokens on a GPU, for hours")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="of the report (default: runs/studies/NAME)")
     add(
@@ -95,6 +98,10 @@ def _settings(options: argparse.Namespace) -> Settings:
             raise BadArgument(f"MODEL {model}: there is no {model / 'config.json'}")
     if options.seed < 0:
         raise BadArgument(f"--seed must be 0 or more, got {options.seed}")
+    if options.large and (options.study != "training" or options.quick):
+        raise BadArgument("--large is a form of training, and not together with --quick")
+    if options.large and not torch.cuda.is_available():
+        raise BadArgument("--large: this machine has no CUDA device")
     out = options.out or options.work / options.study
     try:
         for directory in (out, options.work):
@@ -102,7 +109,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     except OSError as error:
         raise BadArgument(f"--out {out}: {error.strerror}") from error
     return Settings(
-        out, options.work, options.quick, options.seed, tuple(options.models), _progress
+        out=out,
+        work=options.work,
+        quick=options.quick,
+        large=options.large,
+        seed=options.seed,
+        models=tuple(options.models),
+        progress=_progress,
     )
 
 

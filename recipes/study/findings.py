@@ -17,6 +17,7 @@ class Settings:
         out: directory of its report; it exists.
         work: directory for what is made on the way and used again (trained models).
         quick: the form that takes less than 2 minutes on two cores, for a look and for tests.
+        large: the form of `training` for a GPU.
         seed: of everything that is drawn.
         models: Hugging Face directories, of studies that take some; empty: the study's own.
         progress: told what is done next.
@@ -25,6 +26,7 @@ class Settings:
     out: Path
     work: Path
     quick: bool = False
+    large: bool = False
     seed: int = 0
     models: Sequence[Path] = ()
     progress: Callable[[str], None] = lambda text: None
@@ -36,6 +38,13 @@ class Outcome(str, Enum):
     SUPPORTED = "supported"
     LIMITED = "supported with a limit"
     NOT_HERE = "not supported here"
+
+    @classmethod
+    def of(cls, supported: bool, limited: bool) -> Outcome:
+        """By two conditions, of which the first counts first."""
+        if supported:
+            return cls.SUPPORTED
+        return cls.LIMITED if limited else cls.NOT_HERE
 
 
 @dataclass(frozen=True)

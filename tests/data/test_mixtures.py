@@ -77,7 +77,8 @@ def test_what_a_run_trains_on_has_a_fingerprint(sources):
 
     assert fingerprint() == fingerprint(num_workers=1, validation_rows=2)
     others = [{"seed": 1}, {"packing": "concat"}, {"path": {sources["a"]: 1.0, sources["b"]: 2.0}}]
-    assert len({fingerprint(), *(fingerprint(**other) for other in others)}) == 4
+    others += [{"tasks": {"passkey": 0.5}}, {"tasks": {"passkey": 0.4}}, {"task_recalls": 1}]
+    assert len({fingerprint(), *(fingerprint(**other) for other in others)}) == 7
 
 
 def test_upsampled_documents_come_more_often(sources, tmp_path):

@@ -126,6 +126,15 @@ BAD = [
         ["--curriculum.stages", "[{length: 512, steps: 4, mixture: {other: 1}}]"],
         "curriculum.stages[0].mixture names 'other'",
     ),
+    (["--data.tasks", "{needle: 0.5}"], "data.tasks: there is no task 'needle'"),
+    (
+        ["--data.tasks", "{variables: 0.5}", "--curriculum.stages", "[{length: 64, steps: 4}]"],
+        "data.tasks.variables needs pieces of 108 tokens, and the longest stage has 64",
+    ),
+    (
+        ["--data.passkey_fraction", "0.5"],
+        "no key data.passkey_fraction any more: write data.tasks: {passkey: SHARE}",
+    ),
     (["--trainer.max_step", "3"], "unrecognized arguments: --trainer.max_step 3"),
     (["--trainer.max_steps", "9"], "goes past the end of the curriculum"),
     (["--model.tiled_mlp", "2"], "model.tiled_mlp trains on 2 proc"),

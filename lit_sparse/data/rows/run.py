@@ -38,7 +38,8 @@ class Packing:
         prefer_long: long stages take the long documents.
         upsample: (tokens, times): documents of at least so many tokens come so often in an epoch.
         validation_fraction: share of the documents that is kept apart.
-        seed: of the split, the order and the packing.
+        seed: of the order and the packing.
+        split_seed: of the split.
     """
 
     row_tokens: int
@@ -48,6 +49,7 @@ class Packing:
     upsample: tuple[int, float] | None
     validation_fraction: float
     seed: int
+    split_seed: int
 
 
 class RunIndex:
@@ -215,10 +217,11 @@ def _store_rows(
         "upsample": packing.upsample,
         "validation_fraction": packing.validation_fraction,
         "seed": packing.seed,
+        "split_seed": packing.split_seed,
     }
 
     def write(out: Path) -> None:
-        training, _ = store.split(packing.validation_fraction, packing.seed)
+        training, _ = store.split(packing.validation_fraction, packing.split_seed)
         build_rows(
             out,
             store.lengths,
@@ -260,7 +263,7 @@ def _check_lengths(
 ) -> None:
     longest = []
     for store in stores.values():
-        training, _ = store.split(packing.validation_fraction, packing.seed)
+        training, _ = store.split(packing.validation_fraction, packing.split_seed)
         longest.append(store.lengths[training].max(initial=0) if store.kind == "text" else np.inf)
     for i, stage in enumerate(curriculum.stages):
         there = max(length for length, weight in zip(longest, weights[i], strict=True) if weight)

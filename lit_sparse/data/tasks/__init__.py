@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lit_sparse.data.tasks.common_word import CommonWord
+from lit_sparse.data.tasks.copying import Copy
 from lit_sparse.data.tasks.multikey import MultiKey
 from lit_sparse.data.tasks.multivalue import MultiValue
 from lit_sparse.data.tasks.passkey import Passkey
@@ -11,13 +12,14 @@ from lit_sparse.data.tasks.variables import Variables
 from lit_sparse.data.tokenizer import Tokenizer
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Passkey, MultiKey, MultiValue, Variables, CommonWord)
+    task.name: task for task in (Copy, Passkey, MultiKey, MultiValue, Variables, CommonWord)
 }
 """The tasks by the names that configs and commands give them."""
 
 __all__ = [
     "TASKS",
     "CommonWord",
+    "Copy",
     "MultiKey",
     "MultiValue",
     "Passkey",

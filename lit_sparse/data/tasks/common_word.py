@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from lit_sparse.data.tasks.symbols import Words
-from lit_sparse.data.tasks.task import Note, Planted, require_room, spread, write
+from lit_sparse.data.tasks.task import Note, Planted, check, spread, write
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -73,7 +73,7 @@ class CommonWord:
         recalls: int = 0,
     ) -> Planted:
         """See `Task`."""
-        require_room(self, tokens)
+        check(self, tokens, depth)
         n, size = len(tokens), self.shortest
         lists = min(recalls + 1, n // size)
         # Each list reaches from the end of the one before it to its own end.

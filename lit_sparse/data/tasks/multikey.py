@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lit_sparse.data.tasks.symbols import Numbers, Words
-from lit_sparse.data.tasks.task import Note, Planted, require_room, spread, write
+from lit_sparse.data.tasks.task import Note, Planted, check, spread, write
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -67,7 +67,7 @@ class MultiKey:
         recalls: int = 0,
     ) -> Planted:
         """See `Task`. The depth is that of the asked statement, which no recall precedes."""
-        require_room(self, tokens)
+        check(self, tokens, depth)
         size = self.statement_tokens
         question = len(tokens) - self.question_tokens
         names, values = self._names.draw(rng, self.keys), self._numbers.draw(rng, self.keys)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lit_sparse.data.tasks.symbols import Numbers, Words
-from lit_sparse.data.tasks.task import Note, Planted, require_room, spread, write
+from lit_sparse.data.tasks.task import Note, Planted, check, spread, write
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -67,7 +67,7 @@ class MultiValue:
         recalls: int = 0,
     ) -> Planted:
         """See `Task`."""
-        require_room(self, tokens)
+        check(self, tokens, depth)
         (name,) = self._names.draw(rng, 1)
         values = self._numbers.draw(rng, self.values)
         notes = [

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from lit_sparse.data.tasks.symbols import Numbers
-from lit_sparse.data.tasks.task import Note, Planted, require_room, spread, write
+from lit_sparse.data.tasks.task import Note, Planted, check, spread, write
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -71,7 +71,7 @@ class Passkey:
         """See `Task`. Without a depth the statement stands inside the first three quarters; recalls
         stand at random places between it and the question.
         """
-        require_room(self, tokens)
+        check(self, tokens, depth)
         n, size = len(tokens), self.statement_tokens
         question = n - self.question_tokens
         (key,) = self._numbers.draw(rng, 1)

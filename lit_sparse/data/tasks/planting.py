@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lit_sparse.data.tasks import TASKS, make_task
+from lit_sparse.data.tasks import TASKS, Task, make_task
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -17,13 +17,32 @@ class Planting:
         shares: as `check_shares` asks.
         tokenizer: of the pieces.
         recalls: see `Task.plant`.
+
+    Raises:
+        ValueError: the tokenizer does not allow a task; the message names `data.tasks`.
     """
 
     def __init__(self, shares: Mapping[str, float], tokenizer: Tokenizer, recalls: int = 0) -> None:
         wanted = {name: share for name, share in shares.items() if share > 0}
-        self.tasks = [make_task(name, tokenizer) for name in wanted]
+        self.tasks: list[Task] = []
+        for name in wanted:
+            try:
+                self.tasks.append(make_task(name, tokenizer))
+            except ValueError as error:
+                raise ValueError(f"data.tasks.{name}: {error}") from error
         self.recalls = recalls
         self._until = np.cumsum([*wanted.values()])
+
+    def check(self, longest: int) -> None:
+        """Raise ValueError, naming `data.tasks`, for a task that no piece of a run whose longest
+        stage is this can carry.
+        """
+        for task in self.tasks:
+            if task.shortest > longest:
+                raise ValueError(
+                    f"data.tasks.{task.name} needs pieces of {task.shortest} tokens, and the "
+                    f"longest stage has {longest}; leave it out, or lengthen curriculum.stages"
+                )
 
     def plant(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A piece with the task in it that `rng` draws by the shares; as it is where that is none,
@@ -36,13 +55,12 @@ class Planting:
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
-    """Raise ValueError, naming `data.tasks`, unless these are shares of known tasks in [0, 1] that
-    leave the others not less than none.
+    """Raise ValueError, naming `data.tasks`, unless these are shares of known tasks in [0, 1],
+    together at most 1.
     """
-    for name in shares:
+    for name, share in shares.items():
         if name not in TASKS:
             raise ValueError(f"data.tasks: there is no task {name!r}, only {', '.join(TASKS)}")
-    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"data.tasks.{name} must be in [0, 1], got {share!r}")
     if sum(shares.values()) > 1 + 1e-9:

@@ -63,7 +63,7 @@ class Task(Protocol):
                 question, as many of them as fit: something to learn in the middle of a piece.
 
         Raises:
-            ValueError: the piece is too short.
+            ValueError: the piece is too short, or the depth is not in [0, 1].
         """
 
 
@@ -163,13 +163,15 @@ def write(
     return Planted(ids, answer, depth)
 
 
-def require_room(task: Task, tokens: np.ndarray) -> None:
-    """Raise ValueError for a piece that is too short for the task."""
+def check(task: Task, tokens: np.ndarray, depth: float | None) -> None:
+    """Raise ValueError for a piece that is too short for a task, or a depth that is none."""
     if len(tokens) < task.shortest:
         raise ValueError(
             f"the task {task.name} needs pieces of at least {task.shortest} tokens, got "
             f"{len(tokens)}"
         )
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be in [0, 1], got {depth}")
 
 
 def _text(documents: Documents, tokens: int, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from lit_sparse.data.tasks.symbols import Numbers, Words
-from lit_sparse.data.tasks.task import Note, Planted, require_room, spread, write
+from lit_sparse.data.tasks.task import Note, Planted, check, spread, write
 from lit_sparse.data.tokenizer import Tokenizer
 
 
@@ -72,7 +72,7 @@ class Variables:
         recalls: int = 0,
     ) -> Planted:
         """See `Task`."""
-        require_room(self, tokens)
+        check(self, tokens, depth)
         length = self.hops + 1
         values = self._numbers.draw(rng, self.chains)
         names = self._names.draw(rng, self.chains * length).reshape(self.chains, length, -1)

@@ -29,4 +29,6 @@ def tokenizers(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="</s>", clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
-    return {"bytes": ByteTokenizer(), "bpe": HFTokenizer(folder)}
+    loaded = HFTokenizer(folder)
+    assert len(loaded.encode("12")) == 1
+    return {"bytes": ByteTokenizer(), "bpe": loaded}

@@ -17,6 +17,8 @@ NUMBER = r"((?: *\d)+)"
 
 def solve(name: str, text: str) -> str:
     """The answer to the question that a text ends with, read off what it states."""
+    if name == "copy":
+        return text
     line = text.splitlines()[-1]
     if name == "passkey":
         return re.findall(rf"# passkey: {NUMBER}\n", text)[0]
@@ -52,7 +54,9 @@ def test_the_text_states_the_answer_which_ends_the_piece(tokenizers, name, kind)
         assert (planted.depth is not None) == task.has_depth
         start = int(planted.answer.argmax())
         told = solve(name, tokenizer.decode(planted.ids[:start]))
-        assert tokenizer.decode(planted.ids[planted.answer]) == told
+        answer = tokenizer.decode(planted.ids[planted.answer])
+        # Of a run of tokens the copy may end early.
+        assert answer == told or (name == "copy" and told.startswith(answer))
         between = tokenizer.decode(planted.ids[start:][~planted.answer[start:]])
         assert set(between) <= {",", " "}, "nothing but what separates values stands between them"
         assert planted.answer[-1]
@@ -96,7 +100,8 @@ def test_answers_take_the_same_number_of_tokens_and_the_tokens_they_were_stated_
     assert len(sizes) == 1
 
 
-@EVERY
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "copy"])
 def test_recalls_are_more_that_was_told_before(tokenizers, name, kind):
     tokenizer = tokenizers[kind]
     task = make_task(name, tokenizer)
@@ -122,11 +127,13 @@ def test_recalls_are_more_that_was_told_before(tokenizers, name, kind):
 
 
 @EVERY
-def test_a_piece_that_is_too_short_is_refused(tokenizers, name, kind):
+def test_a_piece_too_short_and_a_depth_that_is_none_are_refused(tokenizers, name, kind):
     task = make_task(name, tokenizers[kind])
-    piece = tokenizers[kind].encode(TEXT)[: task.shortest - 1]
+    piece = tokenizers[kind].encode(TEXT)[: task.shortest]
     with pytest.raises(ValueError, match=rf"{name} needs pieces of at least {task.shortest}"):
-        task.plant(piece, np.random.default_rng(0))
+        task.plant(piece[1:], np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"depth must be in \[0, 1\], got 2"):
+        task.plant(piece, np.random.default_rng(0), depth=2)
 
 
 @EVERY

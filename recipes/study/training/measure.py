@@ -1,0 +1,106 @@
+"""What one fine-tuned model reaches, with its own attention and densely."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lit_sparse.evaluation import DENSE, SPARSE, Answers, PositionLoss, Questions, evaluate
+from lit_sparse.recipes.evaluate.subject import Loading, load
+from lit_sparse.recipes.study.fits import seconds
+from lit_sparse.recipes.study.training.arms import Arm
+from lit_sparse.recipes.study.training.scale import Form
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run.
+
+    Args:
+        losses: length -> of its own attention.
+        dense_losses: length -> of the same model run densely; those of `losses` where it is dense.
+        answers: task -> length -> of its own attention.
+        captured: dense softmax mass on the kept keys in the last training stage, on sampled rows.
+        tokens_per_second: of the last training stage.
+        seconds: wall time of the run, start included.
+    """
+
+    arm: Arm
+    seed: int
+    losses: dict[int, PositionLoss]
+    dense_losses: dict[int, PositionLoss]
+    answers: dict[str, dict[int, Answers]]
+    captured: float | None
+    tokens_per_second: float
+    seconds: float
+
+    @property
+    def longest(self) -> int:
+        return max(self.losses)
+
+    def loss(self, length: int) -> float:
+        """Nats per token over all positions of texts of a length."""
+        return float(self.losses[length].of_texts().mean())
+
+    def gap(self, length: int) -> float:
+        """Loss by its own attention minus that of the same model run densely."""
+        return self.loss(length) - float(self.dense_losses[length].of_texts().mean())
+
+
+def measure(run: Path, arm: Arm, seed: int, form: Form, evaluation_seed: int) -> Result:
+    """Evaluate the model that a run has left."""
+    loading = Loading(
+        budget=None,
+        block=None,
+        tile=None,
+        lengths=form.lengths,
+        rope=None,
+        data="stdlib",
+        all_documents=False,
+        dtype="float32",
+        device=form.device,
+    )
+    subject = load(run, loading)
+    questions = Questions(
+        lengths=form.lengths,
+        tasks=form.tasks,
+        documents=form.documents,
+        prompts=form.prompts,
+        seed=evaluation_seed,
+    )
+    found = evaluate(subject.model, subject.tokenizer, subject.documents, questions)
+    side = SPARSE if any(SPARSE in sides for sides in found.losses.values()) else DENSE
+    stage = json.loads((run / "stages.json").read_text(encoding="utf-8"))[-1]
+    return Result(
+        arm=arm,
+        seed=seed,
+        losses={length: sides[side] for length, sides in found.losses.items()},
+        dense_losses={length: sides[DENSE] for length, sides in found.losses.items()},
+        answers={
+            task: {length: sides[side] for length, sides in at.items()}
+            for task, at in found.answers.items()
+        },
+        captured=stage.get("gap/captured_mass"),
+        tokens_per_second=stage["tokens_per_second"],
+        seconds=seconds(run),
+    )
+
+
+def by_arm(results: list[Result]) -> dict[str, list[Result]]:
+    """Name of the arm -> its runs, by seed."""
+    names = dict.fromkeys(result.arm.name for result in results)
+    return {name: [r for r in results if r.arm.name == name] for name in names}
+
+
+def relative_losses(own: list[Result], other: list[Result], length: int) -> np.ndarray:
+    """Of each held-out text, how far the loss is above another arm's, as a share of the mean of
+    that: the mean over seeds, float64 [texts].
+    """
+    differences = [
+        a.losses[length].of_texts() - b.losses[length].of_texts()
+        for a, b in zip(own, other, strict=True)
+    ]
+    return np.mean(differences, 0) / np.mean([result.loss(length) for result in other])

@@ -1,0 +1,28 @@
+"""The rows that the fine-tunes train on: lengths alone, since these decide what is executed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from lit_sparse.data import PackedTextDataModule
+from lit_sparse.recipes.shipped_configs import shipped_configs
+from lit_sparse.recipes.study.training.arms import Row
+from lit_sparse.recipes.study.training.scale import CONFIG, Form
+from lit_sparse.training import Curriculum, Stage
+
+
+def training_rows(form: Form) -> list[Row]:
+    """Document lengths of every row of the run."""
+    config: dict[str, Any] = yaml.safe_load(shipped_configs()[CONFIG].read_text(encoding="utf-8"))
+    options = {**config["data"], "row_tokens": form.lengths[-1]}
+    stages = [Stage(length=length, steps=steps) for length, steps in form.stages]
+    data = PackedTextDataModule(**options, curriculum=Curriculum(stages))
+    data.setup()
+    rows = []
+    for row in range(len(data.run)):
+        _, index, number = data.run.find(row)
+        _, _, lengths = index.pieces(number)
+        rows.append([int(length) for length in lengths])
+    return rows
