@@ -193,5 +193,9 @@ def datamodule(plan: Plan, seed: int) -> PackedTextDataModule:
 
 
 def _quiet() -> None:
+    """Of a process of the pool: `progress` says what there is to say."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -68,7 +68,7 @@ def _shows(name: str, side: Scan, falls: dict[str, Fall], seed: int) -> Verdict:
     answers = [
         f"{task}: {own.cost} of {first.right[task].mean():.3g}, "
         + ("never half lost" if own.threshold is None else f"half lost at gamma {own.threshold}")
-        + ("" if own.rank is None else f", rank correlation with gamma {own.rank}")
+        + ("" if math.isnan(own.rank.mean) else f", rank correlation with gamma {own.rank}")
         for task, own in falls.items()
     ]
     return Verdict(
