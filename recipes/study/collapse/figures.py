@@ -67,19 +67,20 @@ def mends(results: Sequence[Result], plan: Plan, figure: Any) -> None:
     panels = (
         (Arms(results, plan.length), f"prompts answered right, {plan.length} tokens"),
         (Arms(results, 2 * plan.length), f"prompts answered right, {2 * plan.length} tokens"),
-        (Arms(results, plan.length, True), f"loss of text, nats a token, {plan.length} tokens"),
+        (Arms(results, plan.length, True), f"loss over the control's, nats, {plan.length} tokens"),
     )
     for axes, (arms, title) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
-        sign = -1 if arms.by_loss else 1
+        control = arms.score(HEALTHY, NONE)
         for place, (start, mend) in enumerate(names):
-            after = sign * arms.score(start, mend)
+            after, before = (arms.score(start, mend, early) for early in (False, True))
+            if arms.by_loss:  # seeds have other texts: by seed against the control
+                after, before = control - after, control - before
             colour = COLOURS[6] if mend == NONE else COLOURS[0]
             axes.barh(place, after.mean(), color=colour, alpha=0.6, height=0.65)
             axes.plot(after, np.full(len(after), place), ".", color=COLOURS[1], markersize=6)
-            before = sign * arms.score(start, mend, before=True).mean()
-            axes.plot(before, place, "|", color=COLOURS[5], markersize=15, markeredgewidth=2.5)
-        control = sign * arms.score(HEALTHY, NONE).mean()
-        axes.axvline(control, color="grey", linestyle="--", linewidth=1)
+            axes.plot(before.mean(), place, "|", color=COLOURS[5], ms=15, markeredgewidth=2.5)
+        level = 0 if arms.by_loss else control.mean()
+        axes.axvline(level, color="grey", linestyle="--", linewidth=1)
         axes.set_title(title, fontsize=10)
         axes.set_yticks(range(len(names)), [f"{start}: {mend}" for start, mend in names])
         if not arms.by_loss:

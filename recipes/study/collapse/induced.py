@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 from lit_sparse.callbacks import CollapseLimits
 from lit_sparse.recipes.study.collapse.measure import Measured, Probe, measure
 from lit_sparse.recipes.study.collapse.mends import scale_logits
-from lit_sparse.recipes.study.stats import Estimate, mean_of
+from lit_sparse.recipes.study.ranks import rank_correlation
+from lit_sparse.recipes.study.stats import Estimate, crossing, mean_of
 
 _LIMITS = CollapseLimits()
 
@@ -97,59 +99,28 @@ def past_limits(measured: Measured) -> set[str]:
 
 @dataclass(frozen=True)
 class Fall:
-    """What a task loses on one side; intervals are over prompts."""
+    """What a task loses on one side."""
 
     cost: Estimate
-    """Of the strongest factor: share of the prompts, paired."""
-    rank: Estimate | None
-    """Spearman's rank correlation of gamma and the share that is right; None where that is the same
-    at every factor."""
+    """Of the strongest factor: share of the prompts, paired by prompt."""
+    rank: Estimate
+    """Spearman's rank correlation of gamma and the share that is right, over factors; NaN where
+    that is the same at every factor."""
     threshold: Estimate | None
-    """Gamma, by sigma, where half of what the model answers as it is is left; None where more is
-    at every factor."""
+    """Gamma, by sigma, where half of what the model answers as it is is lost; the interval over
+    prompts. None where more is left at every factor."""
 
 
-def fall(side: Scan, task: str, seed: int, draws: int = 1000) -> Fall:
-    """What becomes of a task on a side of a scan."""
-    right = np.stack([m.right[task] for m in side.measured])
+def fall(side: Scan, task: str, seed: int) -> Fall:
+    """What becomes of a task that the model can do on a side of a scan."""
+    right = np.stack([m.right[task] for m in side.measured], axis=1)
     gamma = np.array([m.sharpness["gamma"] for m in side.measured])
-    picks = np.random.default_rng(seed).integers(right.shape[1], size=(draws, right.shape[1]))
-    # What is measured first, then what is drawn from it.
-    shares = [right.mean(1), *(right[:, pick].mean(1) for pick in picks)]
-    ranks = np.array([rank_correlation(gamma, share) for share in shares])
-    places = np.array([half_place(gamma, share) for share in shares])
-    crossed = np.isfinite(places[0]) and np.isfinite(places).mean() > 0.975
+    share, sign = right.mean(0), 1 if gamma[-1] > gamma[0] else -1
+    flat = np.ptp(share) == 0
+    lost = crossing(sign * np.log(gamma), 1 - right / share[0], seed=seed)
+    ends = sorted(math.exp(sign * end) for end in (lost.low, lost.high))
     return Fall(
-        mean_of(right[0] - right[-1], seed),
-        None if np.isnan(ranks).any() else _estimate(ranks),
-        _estimate(places) if crossed else None,
+        mean_of(right[:, 0] - right[:, -1], seed),
+        Estimate(*[math.nan] * 3) if flat else rank_correlation(gamma, share, seed),
+        None if math.isnan(lost.mean) else Estimate(math.exp(sign * lost.mean), *ends),
     )
-
-
-def _estimate(drawn: np.ndarray) -> Estimate:
-    """Of a value and, behind it, what the bootstrap made of it."""
-    return Estimate(float(drawn[0]), *np.nanpercentile(drawn[1:], [2.5, 97.5]).tolist())
-
-
-def half_place(gamma: np.ndarray, share: np.ndarray) -> float:
-    """Gamma at which a share falls below half of its first value for good, by a straight line over
-    ln gamma; NaN where it does not.
-    """
-    half = share[0] / 2
-    above = np.flatnonzero(share >= half)
-    if half == 0 or above[-1] == len(share) - 1:
-        return float("nan")
-    i = above[-1]
-    way = (share[i] - half) / (share[i] - share[i + 1])
-    return float(np.exp((1 - way) * np.log(gamma[i]) + way * np.log(gamma[i + 1])))
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, ties sharing their mean rank; NaN where one of them is constant."""
-    first, second = (_ranks(values) - _ranks(values).mean() for values in (x, y))
-    size = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / size if size else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2

@@ -54,9 +54,12 @@ def check_llama(model: Any) -> None:
         )
 
 
-def with_qk_norm(model: Any) -> Any:
-    """A Qwen3 of a Llama's weights: RMSNorm of each head's queries and keys, before RoPE, with
-    gains of 1, so that no logit is larger than sqrt(head_dim), whatever W_Q and W_K are.
+def with_qk_norm(model: Any, bound: float) -> Any:
+    """A Qwen3 of a Llama's weights: RMSNorm of each head's queries and keys, before RoPE.
+
+    Args:
+        bound: no logit is larger, whatever W_Q and W_K are: the gains are sqrt(bound /
+            sqrt(head_dim)) each. They train; Qwen3's start at 1, a bound of sqrt(head_dim).
 
     Raises:
         BadArgument: see `check_llama`.
@@ -67,9 +70,12 @@ def with_qk_norm(model: Any) -> Any:
     config = Qwen3Config(**{key: getattr(model.config, key) for key in _KEPT})
     normed = Qwen3ForCausalLM(config)
     missing, unexpected = normed.load_state_dict(model.state_dict(), strict=False)
+    gains = [gain for name, gain in normed.named_parameters() if name in missing]
     # Only the gains are new.
     assert not unexpected
-    assert all(".q_norm." in name or ".k_norm." in name for name in missing)
+    assert len(gains) == len(missing) == 2 * config.num_hidden_layers
+    for gain in gains:
+        torch.nn.init.constant_(gain, math.sqrt(bound / math.sqrt(config.head_dim)))
     return normed
 
 

@@ -50,7 +50,8 @@ class Plan:
         sizes: of what is measured.
         tasks: half of the pieces of the training carry one of them.
         factors: start -> what its logits are multiplied by; 1 where it is left out.
-        threshold: of QK-clip: the largest logit of the healthy model.
+        threshold: of QK-clip, and the bound of QK-norm at its start: the largest logit of the
+            healthy model.
         high_rate: learning rate of W_Q and W_K over that of the rest, where they are trained too
             fast.
         learning_rate: peak of the rest's.
@@ -131,7 +132,7 @@ def fine_tune(plan: Plan, run: Run) -> Result:
     scale_logits(module.model, plan.factors.get(run.start, 1.0))
     callbacks: list[Callback] = [SparseAttention(Budget.dense())]
     if run.mend == QK_NORM:
-        module.model = with_qk_norm(module.model)
+        module.model = with_qk_norm(module.model, plan.threshold)
     elif run.mend == LENGTH:
         LengthScaling(module.model, plan.length)
     elif run.mend == QK_CLIP:
@@ -192,5 +193,9 @@ def datamodule(plan: Plan, seed: int) -> PackedTextDataModule:
 
 
 def _quiet() -> None:
+    """Of a process of the pool: `progress` says what there is to say."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

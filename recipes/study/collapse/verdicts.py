@@ -24,11 +24,13 @@ _SIDES = ("concentration", "dispersion")
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, quantile .975, of 1, 2, ... degrees of freedom."""
 
-_STARTS = {
-    "concentrated": "a concentrated start",
-    "high rate": "training of W_Q and W_K at too large a rate",
-    "dispersed": "a dispersed start",
-}
+_STARTS = (
+    ("concentrated", "a concentrated start", 1),
+    ("high rate", "training of W_Q and W_K at too large a rate", 1),
+    ("dispersed", "a dispersed start, at the length of training", 1),
+    ("dispersed", "a dispersed start, at twice the length of training", 2),
+)
+"""Start, what it is called, and the length that it is judged at, in lengths of training."""
 
 
 def able(scan: Scan) -> list[str]:
@@ -66,7 +68,7 @@ def _shows(name: str, side: Scan, falls: dict[str, Fall], seed: int) -> Verdict:
     answers = [
         f"{task}: {own.cost} of {first.right[task].mean():.3g}, "
         + ("never half lost" if own.threshold is None else f"half lost at gamma {own.threshold}")
-        + ("" if own.rank is None else f", rank correlation with gamma {own.rank}")
+        + ("" if math.isnan(own.rank.mean) else f", rank correlation with gamma {own.rank}")
         for task, own in falls.items()
     ]
     return Verdict(
@@ -176,17 +178,19 @@ class Arms:
 
 def of_runs(results: Sequence[Result], plan: Plan) -> list[Verdict]:
     """Which mend brings back what collapse cost, from which start."""
-    answers, loss = (Arms(results, plan.length, by_loss) for by_loss in (False, True))
-    able = bool(answers.score(HEALTHY, NONE).mean() >= ABLE)
+    able = bool(Arms(results, plan.length).score(HEALTHY, NONE).mean() >= ABLE)
     found = []
-    for start, text in _STARTS.items():
+    for start, text, times in _STARTS:
+        answers, loss = (Arms(results, times * plan.length, own) for own in (False, True))
         # Answers where at least half of them is lost, else the loss.
         lost = able and answers.cost(start) > answers.score(HEALTHY, NONE).mean() / 2
-        found += [_mends(answers if lost else loss, start, text, m) for m in ARMS[start][1:]]
+        for mend in ARMS[start][1:]:
+            found.append(_mends(answers, answers if lost else loss, start, text, mend))
     return [*found, _longer(Arms(results, 2 * plan.length), able)]
 
 
-def _mends(arms: Arms, start: str, text: str, mend: str) -> Verdict:
+def _mends(answers: Arms, arms: Arms, start: str, text: str, mend: str) -> Verdict:
+    """By the scores of `arms`."""
     gain, back, alone = arms.gain(start, mend), arms.back(start, mend), arms.back(start, NONE)
     if arms.cost(start) <= 0:
         outcome, limit = Outcome.NOT_HERE, "the start costs nothing that could be mended"
@@ -199,11 +203,13 @@ def _mends(arms: Arms, start: str, text: str, mend: str) -> Verdict:
     else:
         outcome, limit = Outcome.NOT_HERE, "no better than no mend, by the interval over seeds"
     what = "nats a token of text" if arms.by_loss else "of the prompts"
+    right = [answers.score(start, own).mean() for own in (NONE, mend)]
     return Verdict(
         f"{_title(mend)} mends {text}",
         outcome,
         f"collapse costs {arms.cost(start):.3g} {what}; {back:.0%} of it is back, {alone:.0%} "
-        f"without a mend; gain over no mend {gain}",
+        f"without a mend; gain over no mend {gain}; answers {right[0]:.3g} without, {right[1]:.3g} "
+        "with it",
         limit,
     )
 

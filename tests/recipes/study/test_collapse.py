@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lit_sparse.cli import main
 from lit_sparse.recipes.study.collapse import verdicts
-from lit_sparse.recipes.study.collapse.induced import Scan, half_place, rank_correlation
+from lit_sparse.recipes.study.collapse.induced import Scan, fall
 from lit_sparse.recipes.study.collapse.measure import Measured, Sizes
 from lit_sparse.recipes.study.collapse.training import ARMS, Plan, Result, Trained, all_runs
 from lit_sparse.recipes.study.findings import Outcome
@@ -49,16 +49,21 @@ def scan(shares, loss=1.5, **sharp_at_end):
     return Scan(FACTORS, found)
 
 
-def test_where_half_is_lost_and_rank_correlation():
-    gamma = np.array([0.25, 1.0, 4.0])
-    assert half_place(gamma, np.array([1.0, 0.75, 0.25])) == pytest.approx(2.0)
-    # For good: a later rise counts.
-    assert half_place(gamma, np.array([1.0, 0.4, 0.75])) != pytest.approx(2.0)
-    assert np.isnan(half_place(gamma, np.array([1.0, 0.4, 0.75])))
-    assert np.isnan(half_place(gamma, np.array([1.0, 0.9, 0.8])))
-    assert rank_correlation(gamma, np.array([3.0, 2.0, -7.0])) == pytest.approx(-1)
-    assert rank_correlation(gamma, np.array([1.0, 1.0, 2.0])) == pytest.approx(0.866, abs=1e-3)
-    assert np.isnan(rank_correlation(gamma, np.ones(3)))
+def test_half_of_a_task_is_found_where_it_is_lost_on_either_side():
+    # Half of .8 is left half way in ln gamma from 1 to 4, and from 1/4 to 1/16.
+    found = scan([0.2, 0.2, 0.8, 0.6, 0.2, 0.2])
+    concentration = fall(found.side(True), "passkey", 0)
+    assert concentration.threshold.mean == pytest.approx(2)
+    assert concentration.threshold.low < 2 < concentration.threshold.high
+    assert concentration.cost.mean == pytest.approx(0.6)
+    assert concentration.rank.mean < -0.9
+    dispersion = fall(found.side(False), "passkey", 0)
+    # Two thirds of the way from .8 to .2.
+    assert dispersion.threshold.mean == pytest.approx(0.25 * 0.25 ** (2 / 3))
+    assert dispersion.threshold.low < dispersion.threshold.mean < dispersion.threshold.high
+    flat = fall(scan([0.8] * 6).side(True), "passkey", 0)
+    assert flat.threshold is None
+    assert np.isnan(flat.rank.mean)
 
 
 def test_what_is_lost_at_gamma_1_is_found_there():
@@ -120,12 +125,13 @@ def test_a_mend_mends_if_seeds_agree_and_the_task_is_back():
     }
     said = verdicts.of_runs(results(shares), PLAN)
     by = {one.claim: (one.outcome, one.limit) for one in said}
-    assert len(by) == sum(len(mends) - 1 for mends in ARMS.values())
+    # Each mend from each start, at twice the length too where the start is dispersed.
+    assert len(by) == sum(len(mends) - 1 for mends in ARMS.values()) + 2
     assert by["QK-norm mends a concentrated start"] == (Outcome.SUPPORTED, "")
     outcome, limit = by["QK-clip mends a concentrated start"]
     assert (outcome, limit) == (Outcome.LIMITED, "51% of what collapse cost is back")
     assert by["Length-scaled softmax mends a concentrated start"][0] == Outcome.NOT_HERE
-    outcome, limit = by["QK-norm mends a dispersed start"]
+    outcome, limit = by["QK-norm mends a dispersed start, at the length of training"]
     assert outcome == Outcome.NOT_HERE
     assert "without a mend" in limit
 

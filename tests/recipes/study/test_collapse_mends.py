@@ -27,9 +27,10 @@ TINY = {
 IDS = torch.randint(257, (1, 96), generator=torch.Generator().manual_seed(0))
 
 
-def llama():
+def llama(tied=False):
     torch.manual_seed(0)
-    return sparsify(LlamaForCausalLM(LlamaConfig(**TINY)).eval(), Budget.dense())
+    config = LlamaConfig(**TINY, tie_word_embeddings=tied)
+    return sparsify(LlamaForCausalLM(config).eval(), Budget.dense())
 
 
 @torch.no_grad()
@@ -70,24 +71,24 @@ def test_length_scaling_is_1_at_the_reference_and_follows_ln_n():
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("factor", [1.0, 100.0])
-def test_qk_norm_keeps_the_weights_and_bounds_logits_whatever_their_size(factor):
-    model = llama()
+@pytest.mark.parametrize(("factor", "tied"), [(1.0, False), (100.0, True)])
+def test_qk_norm_keeps_the_weights_and_bounds_logits_whatever_their_size(factor, tied):
+    model = llama(tied)
     scale_logits(model, factor)
-    normed = with_qk_norm(model).eval()
+    normed = with_qk_norm(model, 12.0).eval()
     assert normed.config.model_type == "qwen3"
     weights = normed.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(weights[name], value)
     found = logits(sparsify(normed, Budget.dense()))
-    assert found.abs().max() <= math.sqrt(8) * 1.0001
+    assert found.abs().max() <= 12.0001
     # Directions stay: only the lengths of queries and keys are set.
     plain = logits(model)
     assert torch.equal(found.sign(), plain.sign())
-    one = logits(sparsify(with_qk_norm(llama()).eval(), Budget.dense()))
+    one = logits(sparsify(with_qk_norm(llama(tied), 12.0).eval(), Budget.dense()))
     torch.testing.assert_close(found, one, atol=1e-3, rtol=1e-3)
 
 
 def test_other_models_are_refused():
     with pytest.raises(BadArgument, match="Llama"):
-        with_qk_norm(MistralForCausalLM(MistralConfig(**TINY)))
+        with_qk_norm(MistralForCausalLM(MistralConfig(**TINY)), 12.0)
