@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -183,10 +184,15 @@ def of_runs(results: Sequence[Result], plan: Plan) -> list[Verdict]:
     for start, text, times in _STARTS:
         answers, loss = (Arms(results, times * plan.length, own) for own in (False, True))
         # Answers where at least half of them is lost, else the loss.
-        lost = able and answers.cost(start) > answers.score(HEALTHY, NONE).mean() / 2
+        lost = answers.cost(start) > answers.score(HEALTHY, NONE).mean() / 2
         for mend in ARMS[start][1:]:
             found.append(_mends(answers, answers if lost else loss, start, text, mend))
-    return [*found, _longer(Arms(results, 2 * plan.length), able)]
+    found.append(_longer(Arms(results, 2 * plan.length)))
+    return found if able else [_undecided(verdict) for verdict in found]
+
+
+def _undecided(verdict: Verdict) -> Verdict:
+    return replace(verdict, outcome=Outcome.NOT_HERE, limit=_UNABLE)
 
 
 def _mends(answers: Arms, arms: Arms, start: str, text: str, mend: str) -> Verdict:
@@ -214,14 +220,14 @@ def _mends(answers: Arms, arms: Arms, start: str, text: str, mend: str) -> Verdi
     )
 
 
-def _longer(arms: Arms, able: bool) -> Verdict:
+def _longer(arms: Arms) -> Verdict:
     gain, control = arms.gain(HEALTHY, LENGTH), arms.score(HEALTHY, NONE).mean()
-    better = able and gain.low > 0
+    better = gain.low > 0
     return Verdict(
         "Length-scaled softmax helps a healthy model at twice the length that it is trained at",
         Outcome.SUPPORTED if better else Outcome.NOT_HERE,
         f"{gain} of the prompts over no mend, of {control:.3g}",
-        "" if better else "no better, by the interval over seeds" if able else _UNABLE,
+        "" if better else "no better, by the interval over seeds",
     )
 
 

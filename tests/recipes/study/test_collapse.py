@@ -136,6 +136,13 @@ def test_a_mend_mends_if_seeds_agree_and_the_task_is_back():
     assert "without a mend" in limit
 
 
+def test_a_control_that_cannot_answer_decides_nothing():
+    said = verdicts.of_runs(results({}, {("healthy", "no mend"): 1.0}), PLAN)
+    assert {one.outcome for one in said} == {Outcome.NOT_HERE}
+    assert {one.limit for one in said} == {said[0].limit}
+    assert "answers fewer than 50%" in said[0].limit
+
+
 def test_where_answers_stay_the_loss_decides():
     found = results(
         dict.fromkeys(((s, m) for s, ms in ARMS.items() for m in ms), 0.9),
@@ -194,5 +201,6 @@ def test_the_quick_form_writes_its_report(tmp_path):
     for name in ("report.md", "induced.png", "mends.png", "induced.csv", "arms.csv", "runs.csv"):
         assert (out / name).stat().st_size > 0
     said = json.loads((out / "verdicts.json").read_text())["verdicts"]
-    # It is a new model: it has nothing to lose, and the study says so.
-    assert {one["outcome"] for one in said} == {"not supported here"}
+    # It is a new model: there are no answers to lose, and the study says so.
+    assert "supported" not in {one["outcome"] for one in said}
+    assert all("answers fewer than 50%" in one["limit"] for one in said)
