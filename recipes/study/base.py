@@ -7,27 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.fits import Fit, run_fits
+from lit_sparse.recipes.study.fits import Fit, run_fits, shipped_keys
+from lit_sparse.recipes.study.start import write_start
+
+CONFIG = "study_base"
 
 CONTEXT = 512
 """Tokens of its longest stage."""
 
 
 def base_fit(settings: Settings, keys: Mapping[str, str] | None = None) -> Fit:
-    """The run of the base: its full form takes minutes, the quick one learns little more than which
-    bytes there are.
+    """The run of the base: its full form takes minutes, the quick one less than one.
 
     Args:
         keys: changes to its config, of the large form.
     """
     own = {"seed_everything": str(settings.seed), **(keys or {})}
     if settings.large:
-        return Fit(f"base-large-{settings.seed}", "study_base", own)
+        return Fit(f"base-large-{settings.seed}", CONFIG, own)
+    own["model.pretrained"] = str(_start(settings))
     if not settings.quick:
-        return Fit(f"base-{settings.seed}", "study_base", own)
-    stages = [{"length": 128, "steps": 60}, {"length": CONTEXT, "steps": 20}]
+        return Fit(f"base-{settings.seed}", CONFIG, own)
+    stages = [{"length": 256, "steps": 20}, {"length": CONTEXT, "steps": 20}]
     dense = str([{**stage, "attention": "dense"} for stage in stages])
-    return Fit(f"base-quick-{settings.seed}", "study_base", {**own, "curriculum.stages": dense})
+    return Fit(f"base-quick-{settings.seed}", CONFIG, {**own, "curriculum.stages": dense})
 
 
 def base_model(settings: Settings, keys: Mapping[str, str] | None = None) -> Path:
@@ -37,3 +40,10 @@ def base_model(settings: Settings, keys: Mapping[str, str] | None = None) -> Pat
     threads = len(os.sched_getaffinity(0))
     (run,) = run_fits([base_fit(settings, keys)], settings.work, threads, settings.progress)
     return run / "huggingface"
+
+
+def _start(settings: Settings) -> Path:
+    directory = settings.work / f"start-{settings.seed}"
+    if not (directory / "config.json").is_file():
+        write_start(shipped_keys(CONFIG)["model"]["architecture"], directory, settings.seed)
+    return directory

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lit_sparse.files import write_whole
 from lit_sparse.recipes.benchmark.report import BadArgument
+from lit_sparse.recipes.shipped_configs import shipped_configs
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ def run_fits(
         for _, process, _ in running:
             process.wait()
     return [root / fit.name for fit in fits]
+
+
+def shipped_keys(config: str) -> dict[str, Any]:
+    """What a shipped config says."""
+    return yaml.safe_load(shipped_configs()[config].read_text(encoding="utf-8"))
 
 
 def seconds(run: Path) -> float:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from lit_sparse.data import PackedTextDataModule
-from lit_sparse.recipes.shipped_configs import shipped_configs
+from lit_sparse.recipes.study.fits import shipped_keys
 from lit_sparse.recipes.study.training.arms import Row
 from lit_sparse.recipes.study.training.scale import CONFIG, Form
 from lit_sparse.training import Curriculum, Stage
@@ -15,8 +11,7 @@ from lit_sparse.training import Curriculum, Stage
 
 def training_rows(form: Form) -> list[Row]:
     """Document lengths of every row of the run."""
-    config: dict[str, Any] = yaml.safe_load(shipped_configs()[CONFIG].read_text(encoding="utf-8"))
-    options = {**config["data"], "row_tokens": form.lengths[-1]}
+    options = {**shipped_keys(CONFIG)["data"], "row_tokens": form.lengths[-1]}
     stages = [Stage(length=length, steps=steps) for length, steps in form.stages]
     data = PackedTextDataModule(**options, curriculum=Curriculum(stages))
     data.setup()

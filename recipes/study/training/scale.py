@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import yaml
 
 from lit_sparse.budget import Budget
-from lit_sparse.recipes.shipped_configs import shipped_configs
 from lit_sparse.recipes.study.findings import Settings
+from lit_sparse.recipes.study.fits import shipped_keys
 
 CONFIG = "study_finetune"
 
@@ -59,7 +56,7 @@ def form(settings: Settings) -> Form:
     """The form that was asked for."""
     if settings.large:
         return _large(settings)
-    config = _shipped()
+    config = shipped_keys(CONFIG)
     sparse = config["sparse_attention"]
     law = Budget(**sparse["budget"])
     seeds = [settings.seed + i for i in range(1 if settings.quick else 3)]
@@ -112,7 +109,3 @@ def _large(settings: Settings) -> Form:
         device="cuda",
         threads=len(os.sched_getaffinity(0)),
     )
-
-
-def _shipped() -> dict[str, Any]:
-    return yaml.safe_load(shipped_configs()[CONFIG].read_text(encoding="utf-8"))
