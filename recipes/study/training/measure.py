@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_sparse.evaluation import DENSE, SPARSE, Answers, PositionLoss, Questions, evaluate
+from lit_sparse.evaluation import DENSE, LOSS, SPARSE, Answers, PositionLoss, Questions, evaluate
 from lit_sparse.recipes.evaluate.subject import Loading, load
 from lit_sparse.recipes.study.fits import seconds
 from lit_sparse.recipes.study.training.arms import Arm
@@ -64,24 +64,27 @@ def measure(run: Path, arm: Arm, seed: int, form: Form, evaluation_seed: int) ->
         device=form.device,
     )
     subject = load(run, loading)
-    questions = Questions(
-        lengths=form.lengths,
-        tasks=form.tasks,
-        documents=form.documents,
-        prompts=form.prompts,
-        seed=evaluation_seed,
+    common = {"seed": evaluation_seed, "documents": form.documents, "prompts": form.prompts}
+    asked = (
+        Questions(lengths=form.lengths, tasks=[LOSS], **common),
+        Questions(
+            lengths=[form.lengths[0], form.lengths[-1]], tasks=form.tasks, dense=False, **common
+        ),
     )
-    found = evaluate(subject.model, subject.tokenizer, subject.documents, questions)
-    side = SPARSE if any(SPARSE in sides for sides in found.losses.values()) else DENSE
+    texts, prompts = (
+        evaluate(subject.model, subject.tokenizer, subject.documents, questions)
+        for questions in asked
+    )
+    side = SPARSE if any(SPARSE in sides for sides in texts.losses.values()) else DENSE
     stage = json.loads((run / "stages.json").read_text(encoding="utf-8"))[-1]
     return Result(
         arm=arm,
         seed=seed,
-        losses={length: sides[side] for length, sides in found.losses.items()},
-        dense_losses={length: sides[DENSE] for length, sides in found.losses.items()},
+        losses={length: sides[side] for length, sides in texts.losses.items()},
+        dense_losses={length: sides[DENSE] for length, sides in texts.losses.items()},
         answers={
             task: {length: sides[side] for length, sides in at.items()}
-            for task, at in found.answers.items()
+            for task, at in prompts.answers.items()
         },
         captured=stage.get("gap/captured_mass"),
         tokens_per_second=stage["tokens_per_second"],
