@@ -53,7 +53,7 @@ FULL = Form(
     Sizes(texts=16, prompts=32, rows=128),
     row_tokens=1024,
     steps=120,
-    seeds=5,
+    seeds=3,
 )
 QUICK = Form(
     (1 / 16, 1 / 4, 1.0, 4.0, 16.0),

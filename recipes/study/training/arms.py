@@ -43,8 +43,8 @@ class Arm:
 
 
 def arms(law: Budget, rows: Sequence[Row], block: int, tile: int) -> list[Arm]:
-    """Dense attention, the law, the law without late slots and with other scorers, and rules of one
-    size for all contexts that execute at least as many keys as the law, by less than a block.
+    """Dense attention, the law and variations of it, and rules of one size for all contexts that
+    execute at least as many keys as the law, by less than a block.
 
     Args:
         law: alpha n^C with late slots.
@@ -78,6 +78,7 @@ def arms(law: Budget, rows: Sequence[Row], block: int, tile: int) -> list[Arm]:
         arm("dense", "dense", Budget.dense()),
         arm("law", f"{law.alpha:g} n^{law.exponent:g}", law),
         arm("law-no-late", "the same, no late slots", replace(law, late=0.0)),
+        arm("law-local", "the same, a quarter local", replace(law, local=0.25)),
         arm("fixed", f"fixed k = {power(1 << 30)}", power),
         arm("sliding", f"sliding window, k = {window(1 << 30)}", window),
         arm("law-variance", "the law, scorer variance", law, "variance"),

@@ -36,9 +36,9 @@ class Form:
     seeds: Sequence[int]
     base_keys: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
-    documents: int = 24
-    prompts: int = 20
-    tasks: Sequence[str] = ("copy", "passkey", "multikey", "aggregation")
+    documents: int = 20
+    prompts: int = 16
+    tasks: Sequence[str] = ("passkey", "multikey", "aggregation")
     device: str = "cpu"
     threads: int = 1
 

@@ -19,7 +19,18 @@ def all_of(results: list[Result]) -> list[Verdict]:
     return [
         _near_dense(law, dense, longest),
         *(_ahead(law, window, longest) for window in windows),
-        _late(law, arms["law-no-late"], longest),
+        _helps(
+            "A share of late slots, which the queries of a tile choose themselves,",
+            law,
+            arms["law-no-late"],
+            longest,
+        ),
+        _helps(
+            "Half of the budget for the nearest keys, and not a quarter,",
+            law,
+            arms["law-local"],
+            longest,
+        ),
         # What the scorer of the blocks has to do with it.
         _near_dense(arms["law-exact"], dense, longest),
         _near_dense(variance, dense, longest),
@@ -51,12 +62,12 @@ def _ahead(law: list[Result], other: list[Result], length: int) -> Verdict:
     )
 
 
-def _late(law: list[Result], without: list[Result], length: int) -> Verdict:
+def _helps(what: str, law: list[Result], without: list[Result], length: int) -> Verdict:
     lead = mean_of(relative_losses(without, law, length))
     return Verdict(
-        f"Late slots, which the queries of a tile choose themselves, help at {length} tokens",
+        f"{what} helps at {length} tokens",
         Outcome.of(lead.low > 0, lead.mean > 0),
-        f"without them the validation loss is {_percent(lead)} above; seeds "
+        f"without it the validation loss is {_percent(lead)} above; seeds "
         f"{_seeds(without, law, length)}; {_answered(law, without, length)}",
         "" if lead.low > 0 else "the interval holds 0",
     )

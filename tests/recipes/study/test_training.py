@@ -22,10 +22,10 @@ sys.path.append(str(Path(__file__).parent))
 from reports import outcomes, rows, run
 
 ROWS = [[700, 200, 100], [1000], [130, 870]]
-LAW = Budget(alpha=8.0, exponent=0.5, floor=0, sink=16)
+LAW = Budget(alpha=8.0, exponent=0.5, floor=0, sink=16, local=0.5)
 
 
-@pytest.mark.parametrize("budget", [LAW, Budget.fixed(160, sink=16), Budget.dense()])
+@pytest.mark.parametrize("budget", [LAW, Budget.fixed(160, sink=16, local=0.25), Budget.dense()])
 def test_executed_pairs_are_those_of_a_real_selection(budget):
     wanted = 0
     for row in ROWS:
@@ -39,13 +39,13 @@ def test_executed_pairs_are_those_of_a_real_selection(budget):
 
 
 def test_windows_of_one_size_execute_what_the_law_does_and_less_than_a_block_more():
-    dense, law, without, fixed, sliding, variance, exact = arms(LAW, ROWS, 16, 16)
+    dense, law, without, quarter, fixed, sliding, variance, exact = arms(LAW, ROWS, 16, 16)
     assert dense.executed == 1
     assert law.executed == without.executed < 0.5
     assert law.budget == variance.budget == exact.budget
     assert variance.keys()["sparse_attention.score"] == variance.score == "variance"
     assert (law.budget.late, without.budget.late) == (0.1, 0.0)
-    assert (fixed.budget.local, sliding.budget.local) == (0.25, 1.0)
+    assert (quarter.budget.local, fixed.budget.local, sliding.budget.local) == (0.25, 0.5, 1.0)
     for arm in (fixed, sliding):
         size = arm.budget(1 << 20)
         assert arm.budget(3000) == size
@@ -81,17 +81,19 @@ def test_what_the_law_costs_decides_its_verdict(cost, outcome):
         *_results("dense", dense),
         *_results("law", law),
         *_results("law-no-late", law),
+        *_results("law-local", worse),
         *_results("fixed", worse),
         *_results("sliding", dense),
         *_results("law-variance", dense),
         *_results("law-exact", dense),
     ]
-    near, fixed, sliding, late, *_ = verdicts.all_of(results)
+    near, fixed, sliding, late, local, *_ = verdicts.all_of(results)
     assert near.outcome == outcome
     assert fixed.outcome == Outcome.SUPPORTED
     assert "+5.00 %" in fixed.numbers
     assert sliding.outcome != Outcome.SUPPORTED or np.mean(cost) < 0
     assert late.outcome == Outcome.NOT_HERE
+    assert local.outcome == Outcome.SUPPORTED
 
 
 @torch.no_grad()
@@ -115,12 +117,12 @@ def test_a_run_that_fails_is_named_with_its_last_line(tmp_path):
 def test_the_quick_form_trains_once(tmp_path):
     out = run("training", tmp_path)
     found = outcomes(out)
-    assert len(found) == 7
+    assert len(found) == 8
     executed = {row["rule"]: float(row["executed / dense pairs"]) for row in rows(out, "summary")}
     assert executed["dense"] == 1
     assert len({round(share, 1) for share in executed.values()}) == 2
     records = sorted((out / "work" / "training").glob("*.json"))
-    assert len(records) == 7
+    assert len(records) == 8
     before = [path.stat().st_mtime_ns for path in records]
     assert outcomes(run("training", tmp_path)) == found
     assert [path.stat().st_mtime_ns for path in records] == before
