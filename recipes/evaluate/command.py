@@ -19,12 +19,12 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.evaluation import NAMES, Questions, evaluate
+from lit_sparse.recipes.arguments import Parser
 from lit_sparse.recipes.benchmark.report import BadArgument, environment, write_json
 from lit_sparse.recipes.benchmark.steps import DTYPES
 from lit_sparse.recipes.evaluate.report import Result, lines
@@ -51,13 +51,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadArgument(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
