@@ -78,8 +78,7 @@ def choose_texts(
     Raises:
         BadArgument: too few are long enough; the message says how many are.
     """
-    # A document's end token is no text.
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     wanted = {2 * max(lengths): checked} | dict.fromkeys(sorted(lengths, reverse=True), count)
     needed, short = 0, []
     for length, own in wanted.items():

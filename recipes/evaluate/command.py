@@ -1,10 +1,10 @@
 """lit-sparse evaluate: long-context quality of models, sparse and dense side by side.
 
-Loss by position on held-out documents, and tasks that only text far back answers: passkey (one
-key in a long text), multikey (one of several named keys), multivalue (all values of one name),
-variables (a chain of assignments), aggregation (the most common word). MODEL is a Hugging Face
-directory, or a run directory that holds one. Sparse is by the law in the model's config, or that
-of --budget.
+Loss by position on held-out documents, and tasks that only text far back answers: copy (random
+characters once more), passkey (one key in a long text), multikey (one of several named keys),
+multivalue (all values of one name), variables (a chain of assignments), aggregation (the most
+common word). MODEL is a Hugging Face directory, or a run directory that holds one. Sparse is by
+the law in the model's config, or that of --budget.
 
 Documents are those that lit-sparse fit keeps for validation with the default data.seed and
 data.validation_fraction: a model that was trained so on the same --data has not seen them. What

@@ -43,7 +43,8 @@ TAKES_MODELS = ("windows", "layers", "radius", "collapse", "alpha")
 def main(argv: list[str]) -> int:
     """Run one study, write and print its report. 2 where something is refused."""
     try:
-        options = _parser().parse_args(argv)
+        # Intermixed: models may stand behind options.
+        options = _parser().parse_intermixed_args(argv)
         settings = _settings(options)
         run: Callable[[Settings], Findings]
         run = import_module(f"lit_sparse.recipes.study.{options.study}").run
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a smaller form, under 2 minutes on two cores")
     add("--large", action="store_true", help="training: 1k to 32k tokens on a GPU, for hours")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="of the report (default: runs/studies/NAME)")
+    add("--out", type=Path, metavar="DIR", help="of the report (default: NAME in that of --work)")
     add(
         "--work",
         type=Path,

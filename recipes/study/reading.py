@@ -92,8 +92,7 @@ def random_pieces(
     Raises:
         ValueError: no document is so long.
     """
-    # A document's end token is no text.
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     pieces = []
     for length in lengths:
         eligible = np.flatnonzero(sizes >= length)

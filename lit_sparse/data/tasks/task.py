@@ -176,7 +176,7 @@ def check(task: Task, tokens: np.ndarray, depth: float | None) -> None:
 
 def _text(documents: Documents, tokens: int, rng: np.random.Generator) -> np.ndarray:
     """A run of `tokens` tokens of text, document ends left out."""
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     windows = np.maximum(sizes - tokens + 1, 0)
     if windows.any():
         # Every window is as likely as any other.
