@@ -77,7 +77,7 @@ def _method(found: Sequence[Measured]) -> str:
 
 def _chart(measured: Measured, number: int) -> Chart:
     def draw(figure: Any) -> None:
-        from lit_sparse.recipes.study.alpha.figure import draw_losses
+        from lit_sparse.recipes.study.alpha.figures import draw_losses
 
         draw_losses(figure, measured)
 
