@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lit_sparse.recipes.study import inputs
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, mean_keys, mixture, solve
+from lit_sparse.recipes.study.reading import mixture
+from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, mean_keys, solve
 
 SHORTEST = 256
 COSTS = (32, 64, 128, 256, 512)
