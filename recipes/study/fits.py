@@ -102,7 +102,8 @@ def _write_record(run: Path, fit: Fit, taken: float | None) -> None:
 
 
 def _finished(fit: Fit, run: Path) -> bool:
-    return _same(fit, run) and _record(run)["seconds"] is not None
+    done = _same(fit, run) and _record(run)["seconds"] is not None
+    return done and (run / "huggingface").is_dir()
 
 
 def _same(fit: Fit, run: Path) -> bool:
