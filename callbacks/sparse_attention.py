@@ -39,7 +39,7 @@ class SparseAttention(Callback):
             sliding window of their own keep that and are not named.
         block: keys kept or dropped together; a power of two.
         tile: queries that share a selection; a power of two, or None for the default.
-        score: "mass", "mean", "minmax" or "exact".
+        score: "mass", "mean", "variance", "minmax" or "exact".
         backend: of `sparse_attention`; None chooses by device.
 
     Example:

@@ -62,6 +62,17 @@ def _min_max_rows(q: Tensor, summary: Tensor, hidden: Tensor, scale: float) -> T
     return _mass(_logits(signed, summary, scale), hidden)
 
 
+def _mean_and_variance(blocks: Tensor) -> Tensor:
+    return torch.cat([blocks.mean(2), blocks.var(2, unbiased=False)], dim=-1)
+
+
+def _variance_rows(q: Tensor, summary: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    # The log of the mean of e^s over a block's keys to second order, s = scale q . key, for keys
+    # whose dimensions vary independently: E[s] + Var[s] / 2.
+    features = torch.cat([q, q * q * (scale / 2)], dim=-1)
+    return _mass(_logits(features, summary, scale), hidden)
+
+
 def _exact_rows(q: Tensor, summary: Tensor, hidden: Tensor, scale: float) -> Tensor:
     heads, blocks, size, dim = summary.shape
     logits = _logits(q, summary.reshape(heads, blocks * size, dim), scale)
@@ -73,6 +84,9 @@ SCORERS: dict[str, Scorer] = {
     "mass": Scorer(lambda blocks: blocks.mean(2), _mass_rows),
     # Its logit, without a softmax: rows with large queries count for more.
     "mean": Scorer(lambda blocks: blocks.mean(2), _mean_rows),
+    # The same with what the keys' spread adds: a block where one key is wanted and the others are
+    # not has a low mean.
+    "variance": Scorer(_mean_and_variance, _variance_rows),
     # Softmax mass of the largest logit that the block's bounding box allows (Quest, arXiv
     # 2406.10774).
     "minmax": Scorer(_min_max, _min_max_rows),

@@ -62,8 +62,8 @@ def select(
         tile: queries of a tile; a power of two. None: the largest power of two <= 128 / G within
             [16, 64]. Where no document has more than one query (a decoding step) a tile is that
             row.
-        score: "mass", "mean", "minmax", "exact", or a callable (`scores.RowScores`) that gets the
-            complete blocks [H, N, block, D] themselves.
+        score: "mass", "mean", "variance", "minmax", "exact", or a callable (`scores.RowScores`)
+            that gets the complete blocks [H, N, block, D] themselves.
         backend: "triton" (CUDA, score="mass") or "torch" (any device and scorer); None: "triton"
             where it can.
         window: of a layer that sees its nearest `window` keys and no others (the `window` of

@@ -37,7 +37,7 @@ def test_two_runs_are_bitwise_equal(threads, dtype, packed, boundaries, with_gra
 @pytest.mark.parametrize(
     ("threads", "tiling"), [(1, (8, 8)), (2, (8, 8)), (1, (16, 4)), (1, (4, 32))]
 )
-@pytest.mark.parametrize("score", ["mass", "mean", "minmax", "exact"])
+@pytest.mark.parametrize("score", ["mass", "mean", "variance", "minmax", "exact"])
 def test_a_document_selects_the_same_alone_and_packed(
     threads, tiling, score, packed, boundaries, lists_of
 ):
@@ -108,7 +108,7 @@ def test_the_selection_carries_no_gradient_and_leaves_its_inputs_alone(heads, pa
     expected = select(q, k, TIGHT, block=8, tile=8)
     before = [x.clone() for x in (q, k, v)]
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    for score in ("mass", "mean", "minmax", "exact"):
+    for score in ("mass", "mean", "variance", "minmax", "exact"):
         selection = select(inputs[0], inputs[1], TIGHT, block=8, tile=8, score=score)
         assert not selection.columns.requires_grad
         assert not selection.entry.requires_grad
@@ -136,7 +136,7 @@ def test_checkpointing_runs_it_twice_to_the_same_gradients(packed):
         assert torch.equal(plain, again)
 
 
-@pytest.mark.parametrize("score", ["mass", "mean", "minmax", "exact"])
+@pytest.mark.parametrize("score", ["mass", "mean", "variance", "minmax", "exact"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("into", ["q", "k"])
 def test_broken_inputs_give_well_formed_lists(score, bad, into, packed, lists_of):

@@ -67,6 +67,32 @@ def test_mean_is_its_logit_summed_over_the_heads(case):
         torch.testing.assert_close(scores[head, row, :seen], expected)
 
 
+def test_variance_adds_half_the_variance_of_independent_dimensions(case):
+    q, blocks, hidden = case
+    scores = _score("variance", q, blocks, hidden)
+    for head, row, seen in _each(*case):
+        expected = 0
+        for g in range(3):
+            query = SCALE * q[head, row, g]
+            logits = blocks[head, :seen].mean(1) @ query
+            logits += blocks[head, :seen].var(1, unbiased=False) @ query**2 / 2
+            expected += logits.softmax(0)
+        torch.testing.assert_close(scores[head, row, :seen], expected)
+
+
+def test_variance_is_exact_for_gaussian_keys():
+    """The log of the mean of e^s, of many keys with independent dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.2, 1.0, 1.5, 0.5])[:, None, None]
+    blocks = spread * torch.randn(1, 4, 200_000, 8, generator=generator) + 0.3
+    q = torch.randn(1, 1, 1, 8, generator=generator)
+    hidden = torch.zeros(1, 4, dtype=torch.bool)
+    wanted = (SCALE * blocks[0] @ q[0, 0, 0]).logsumexp(-1).softmax(-1)
+    torch.testing.assert_close(
+        _score("variance", q, blocks, hidden)[0, 0], wanted, atol=5e-3, rtol=0
+    )
+
+
 def test_minmax_ranks_by_a_bound_on_the_largest_logit(case):
     q, blocks, hidden = case
     scores = _score("minmax", q, blocks, hidden)
@@ -151,5 +177,7 @@ def test_a_callable_decides_and_sees_documented_shapes(packed, lists_of):
 
 def test_an_unknown_name_is_refused(packed):
     q, k, _ = packed(20, 4, 2)
-    with pytest.raises(ValueError, match="score must be one of mass, mean, minmax, exact"):
+    with pytest.raises(
+        ValueError, match="score must be one of mass, mean, variance, minmax, exact"
+    ):
         select(q, k, TIGHT, score="best")

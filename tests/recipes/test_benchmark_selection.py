@@ -199,7 +199,7 @@ def test_far_blocks_agree_with_the_plan_where_it_tells_them():
 def test_every_rule_stands_once():
     listed = rules(BUDGET, 32)
     assert len(set(listed)) == len(listed)
-    assert {rule.score for rule in listed} == {"mass", "mean", "minmax", "exact"}
+    assert {rule.score for rule in listed} == {"mass", "mean", "variance", "minmax", "exact"}
     assert {rule.tile for rule in listed} == {16, 32, 64}
     assert {rule.late for rule in listed if rule.kind == "working set"} == {0.0, 0.1, 0.25}
 

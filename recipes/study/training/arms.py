@@ -21,6 +21,7 @@ class Arm:
         name: of its runs' directories.
         title: in tables and figures.
         budget: its law.
+        score: of its selection; see `lit_sparse.attention.select`.
         executed: query-key pairs that the lists of the training rows hold, over those of dense
             attention.
     """
@@ -29,19 +30,21 @@ class Arm:
     title: str
     budget: Budget
     executed: float
+    score: str = "mass"
 
     def keys(self) -> dict[str, str]:
         """Of the config of its runs."""
-        return {
+        budget = {
             f"sparse_attention.budget.{key}": str(value)
             for key, value in self.budget.to_dict().items()
             if value is not None
         }
+        return budget if self.score == "mass" else {**budget, "sparse_attention.score": self.score}
 
 
 def arms(law: Budget, rows: Sequence[Row], block: int, tile: int) -> list[Arm]:
-    """Dense attention, the law, the law without late slots, and rules of one size for all contexts
-    that execute at least as many keys as the law, by less than a block.
+    """Dense attention, the law, the law without late slots and with other scorers, and rules of one
+    size for all contexts that execute at least as many keys as the law, by less than a block.
 
     Args:
         law: alpha n^C with late slots.
@@ -50,8 +53,8 @@ def arms(law: Budget, rows: Sequence[Row], block: int, tile: int) -> list[Arm]:
     """
     dense = executed(Budget.dense(), rows, block, tile)
 
-    def arm(name: str, title: str, budget: Budget) -> Arm:
-        return Arm(name, title, budget, executed(budget, rows, block, tile) / dense)
+    def arm(name: str, title: str, budget: Budget, score: str = "mass") -> Arm:
+        return Arm(name, title, budget, executed(budget, rows, block, tile) / dense, score)
 
     wanted = executed(law, rows, block, tile)
 
@@ -77,6 +80,8 @@ def arms(law: Budget, rows: Sequence[Row], block: int, tile: int) -> list[Arm]:
         arm("law-no-late", "the same, no late slots", replace(law, late=0.0)),
         arm("fixed", f"fixed k = {power(1 << 30)}", power),
         arm("sliding", f"sliding window, k = {window(1 << 30)}", window),
+        arm("law-variance", "the law, scorer variance", law, "variance"),
+        arm("law-exact", "the law, scorer exact", law, "exact"),
     ]
 
 

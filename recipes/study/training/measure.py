@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lit_sparse.evaluation import DENSE, LOSS, SPARSE, Answers, PositionLoss, Questions, evaluate
 from lit_sparse.recipes.evaluate.subject import Loading, load
@@ -48,6 +53,19 @@ class Result:
     def gap(self, length: int) -> float:
         """Loss by its own attention minus that of the same model run densely."""
         return self.loss(length) - float(self.dense_losses[length].of_texts().mean())
+
+
+def measure_all(
+    runs: Sequence[tuple[Path, Arm, int]], form: Form, evaluation_seed: int
+) -> list[Result]:
+    """Evaluate the models that runs (directory, arm, seed) have left, as many at a time as there
+    are cores for.
+    """
+    workers = max(len(os.sched_getaffinity(0)) // form.threads, 1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (form.threads,)) as pool:
+        found = [pool.submit(measure, *run, form, evaluation_seed) for run in runs]
+        return [future.result() for future in found]
 
 
 def measure(run: Path, arm: Arm, seed: int, form: Form, evaluation_seed: int) -> Result:
