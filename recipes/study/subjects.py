@@ -28,6 +28,12 @@ from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
 from lit_sparse.recipes.study.base import base_model
 from lit_sparse.recipes.study.findings import Settings
 
+SEEN = (
+    "The Python source is of the kind that the study's own model is trained on, and may have been "
+    "among it."
+)
+"""A note of reports."""
+
 PERIOD = 32
 """Tokens of the piece that a repeated text repeats."""
 

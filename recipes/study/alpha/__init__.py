@@ -11,7 +11,7 @@ from lit_sparse.recipes.study.alpha.tables import distances_table, laws_table, l
 from lit_sparse.recipes.study.alpha.verdicts import against_presets, on_the_front
 from lit_sparse.recipes.study.findings import Chart, Findings, Settings
 from lit_sparse.recipes.study.reading import BLOCK, SINK
-from lit_sparse.recipes.study.subjects import given
+from lit_sparse.recipes.study.subjects import SEEN, given
 
 
 def run(settings: Settings) -> Findings:
@@ -40,6 +40,7 @@ _NOTES = (
     "The presets keep at least 1024 keys, which is everything at these contexts. Here they have no "
     "floor, and their exponents go through 1, 2, 4 and 8 times the share of the keys that they "
     "keep at 32768 tokens.",
+    SEEN,
 )
 
 
@@ -63,7 +64,7 @@ def _method(found: Sequence[Measured]) -> str:
         parts.append(f"{measured.name}, context {measured.context}: {kinds}. {tasks}.")
     return (
         "A model is calibrated for several shares of the attention mass, as `lit-sparse calibrate` "
-        "does it, on documents that nothing else reads; every law then runs on the same packed "
+        "does it, on documents that no comparison reads; every law then runs on the same packed "
         f"rows, with blocks and tiles of {BLOCK} tokens and a sink of {SINK}. The loss of a task "
         "is that of its answer, given the right tokens before; all lengths count alike. Executed "
         "keys are measured. Intervals are a bootstrap over rows, which all laws share.\n\n"

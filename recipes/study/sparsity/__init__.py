@@ -48,6 +48,9 @@ def run(settings: Settings) -> Findings:
         notes=[
             "`exp(entropy)` grows like n^(1 - gamma); k_eps at a fixed share of the mass grows "
             "faster at these lengths, as the closed form for Gaussian logits says.",
+            "The worst of n rows is that of n independent draws of the values of the kept keys, "
+            "held against a dense output of 0: rows of one context share values. The study "
+            "`windows` has the largest error of n rows over the same keys.",
             f"Independent values have the error that the formula of kept and dropped weights says: "
             f"measured / formula is {_of_formula(measured)} over all budgets at {FIXED.name}.",
         ],

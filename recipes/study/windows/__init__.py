@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lit_sparse.recipes.study.findings import Findings, Settings
 from lit_sparse.recipes.study.reading import BLOCK, SINK
-from lit_sparse.recipes.study.subjects import given
+from lit_sparse.recipes.study.subjects import SEEN, given
 from lit_sparse.recipes.study.windows import persistence, synthetic, trained
 from lit_sparse.recipes.study.windows.cost import RULES
 from lit_sparse.recipes.study.windows.figures import growth_chart, synthetic_charts, trained_charts
@@ -49,6 +49,7 @@ _NOTES = (
     "function of k alone, as k^-1/2, a constant window has the least mean (Jensen).",
     "A window of o(log n) keys cannot be told here from one whose error falls as a small power of "
     "ln n.",
+    SEEN,
 )
 
 
