@@ -83,15 +83,6 @@ class Prompts:
         """Place of the answer's first token: what is generated begins here."""
         return int(self.answer[0].argmax())
 
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [count, length]: at each token the next one if that is of the answer, else -100;
-        shifted as the labels of a batch are.
-        """
-        labels = np.full_like(self.ids, -100)
-        labels[:, :-1] = np.where(self.answer[:, 1:], self.ids[:, 1:], -100)
-        return labels
-
 
 def prompts(
     task: Task, documents: Documents, length: int, count: int, rng: np.random.Generator
