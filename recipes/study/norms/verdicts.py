@@ -133,7 +133,8 @@ def _bound(measured: Measured) -> Verdict:
         [(found.of_worst_row / found.largest).mean() for found in measured.bounds.values()]
     )
     return Verdict(
-        f"the largest logit is at most M = R_i sqrt(2 ln(2n / delta)), delta = {DELTA:g}",
+        f"the largest logit is at most M = R_i sqrt(2 ln(2n / delta)), delta = {DELTA:g} "
+        "(reconstructed)",
         Outcome.of(holds and not loose, holds),
         f"M / measured at n = {measured.lengths[-1]}, entries {_listed(ratios)}; it fails in "
         f"{max(fails.values()):.3f} of rows at most. From norms alone (any row), M is "
