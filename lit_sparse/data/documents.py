@@ -30,6 +30,11 @@ class Documents:
         """Tokens of each document, its end included: int64 [documents]."""
         return self.store.lengths[self.numbers]
 
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """The same without their ends, which are no text: int64 [documents]."""
+        return self.lengths - 1
+
     def read(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens of one document, a view."""
         return self.store.read(int(self.numbers[index]), start, length)

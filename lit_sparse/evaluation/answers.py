@@ -18,6 +18,9 @@ from lit_sparse.models.head import language_head
 _AT_ONCE = 8192
 """Tokens of prompts that a forward takes together, where they are shorter."""
 
+_LOGIT_ROWS = 1024
+"""Logits of so many answer tokens exist together: the answer of `copy` is half of a prompt."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -96,10 +99,16 @@ def ask(
         ids = torch.from_numpy(prompts.ids[start : start + size]).to(model.device)
         answer = ids[:, places]
         # The base model: the logits of a long prompt never exist as a whole.
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        logits = head(hidden[:, places - 1]).float()
-        hits.append((logits.argmax(-1) == answer).cpu())
-        nats.append(F.cross_entropy(logits.mT, answer, reduction="none").double().cpu())
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0][:, places - 1].flatten(0, 1)
+        right, loss = [], []
+        for seen, wanted in zip(
+            hidden.split(_LOGIT_ROWS), answer.flatten().split(_LOGIT_ROWS), strict=True
+        ):
+            logits = head(seen).float()
+            right.append((logits.argmax(-1) == wanted).cpu())
+            loss.append(F.cross_entropy(logits, wanted, reduction="none").double().cpu())
+        hits.append(torch.cat(right).view(answer.shape))
+        nats.append(torch.cat(loss).view(answer.shape))
         if generate:
             generated += [_writes(model, one, prompts.answer_start) for one in ids]
     return Answers(

@@ -166,8 +166,7 @@ def cut_texts(documents: Documents, length: int, longest: int, count: int, seed:
     Raises:
         ValueError: no document is so long.
     """
-    # A document's end token is no text.
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     if (most := int(sizes.max(initial=0))) < length:
         raise ValueError(f"no document is so long, the longest has {most} tokens")
     order = np.random.default_rng(seed).permutation(len(documents))

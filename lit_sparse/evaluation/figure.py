@@ -35,8 +35,11 @@ def draw_answers(
     for row, side in zip(axes, sides, strict=True):
         for axis, (task, at) in zip(row, answers.items(), strict=True):
             own = {length: found[side] for length, found in at.items() if side in found}
-            image = _draw(axis, own) or image
-            axis.set_title(f"{task}, {side}", fontsize=9)
+            if own:
+                image = _draw(axis, own)
+                axis.set_title(f"{task}, {side}", fontsize=9)
+            else:  # a task that only later, longer stages ask
+                axis.set_axis_off()
     figure.suptitle(f"{title}: share of prompts answered right", fontsize=10)
     if image is not None:
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.budget import Budget
 from lit_sparse.data.stores.workers import usable_cores
+from lit_sparse.recipes.arguments import Parser
 from lit_sparse.recipes.benchmark import cuda
 from lit_sparse.recipes.benchmark.clock import MOST_RUNS
 from lit_sparse.recipes.benchmark.report import BadArgument
@@ -69,12 +70,7 @@ DEFAULT_SECONDS = 330
 """What the benchmark on CUDA may take."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadArgument(message)
-
-
-def attention_parser() -> _Parser:
+def attention_parser() -> Parser:
     parser = _parser("attention", alpha=16.0, exponent=0.5, floor=0, block=64)
     add = parser.add_argument
     _add_device(parser)
@@ -108,7 +104,7 @@ def attention_parser() -> _Parser:
     return parser
 
 
-def step_parser() -> _Parser:
+def step_parser() -> Parser:
     parser = _parser("step", alpha=16.0, exponent=0.5, floor=0, block=64)
     add = parser.add_argument
     _add_device(parser)
@@ -151,7 +147,7 @@ def step_parser() -> _Parser:
     return parser
 
 
-def selection_parser() -> _Parser:
+def selection_parser() -> Parser:
     parser = _parser("selection", alpha=4.0, exponent=0.5, floor=128, block=16, sink=16)
     _add_text(parser)
     rows = "rows sampled in each (default: %(default)s)"
@@ -159,7 +155,7 @@ def selection_parser() -> _Parser:
     return parser
 
 
-def generation_parser() -> _Parser:
+def generation_parser() -> Parser:
     parser = _bare_parser("generation")
     _add_text(parser)
     add = parser.add_argument
@@ -168,7 +164,7 @@ def generation_parser() -> _Parser:
     return parser
 
 
-def _add_text(parser: _Parser) -> None:
+def _add_text(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -187,7 +183,7 @@ def _add_text(parser: _Parser) -> None:
     add("--documents", type=int, default=4, help="documents, at most (default: %(default)s)")
 
 
-def data_parser() -> _Parser:
+def data_parser() -> Parser:
     parser = _bare_parser("data")
     add = parser.add_argument
     add("--megabytes", type=int, default=48, help="text to tokenise (default: %(default)s)")
@@ -206,7 +202,7 @@ def data_parser() -> _Parser:
     return parser
 
 
-def _add_device(parser: _Parser) -> None:
+def _add_device(parser: Parser) -> None:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -226,13 +222,13 @@ def _defaults(name: str, by_device: dict[str, dict[str, Any]] = DEFAULTS) -> str
 
 def which(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Which job, and the arguments that are its own."""
-    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--what", choices=DESCRIPTIONS, default="attention")
     options, rest = parser.parse_known_args(argv)
     return options.what, rest
 
 
-def _parser(what: str, **law: Any) -> _Parser:
+def _parser(what: str, **law: Any) -> Parser:
     """What the jobs about attention take; `law` sets the defaults that they do not share."""
     parser = _bare_parser(what)
     default = {name: getattr(Budget(), name) for name in ("sink", "local", "late")} | law
@@ -256,10 +252,10 @@ def _parser(what: str, **law: Any) -> _Parser:
     return parser
 
 
-def _bare_parser(what: str) -> _Parser:
+def _bare_parser(what: str) -> Parser:
     """What every job takes."""
     others = " or ".join(f"--what {job} --help" for job in DESCRIPTIONS if job != what)
-    parser = _Parser(
+    parser = Parser(
         prog=f"{PROGRAM} --what {what}",
         description=DESCRIPTIONS[what],
         epilog=f"The other jobs: {PROGRAM} {others}.",

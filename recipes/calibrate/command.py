@@ -15,12 +15,13 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.calibration import choose_law, feasibility, fit_heads, separate_lengths
+from lit_sparse.recipes.arguments import Parser
 from lit_sparse.recipes.benchmark.report import BadArgument, environment
 from lit_sparse.recipes.benchmark.steps import DTYPES
 from lit_sparse.recipes.calibrate.check import obey, raised, run_check
@@ -67,13 +68,8 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadArgument(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

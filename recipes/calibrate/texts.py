@@ -58,14 +58,14 @@ def open_documents(model: Path, data: str, vocabulary: int) -> tuple[Documents, 
         raise BadArgument(str(error).replace("data.path =", "--data", 1)) from error
     if tokenizer.vocab_size > vocabulary:
         raise BadArgument(
-            f"--data {data} is in the {tokenizer.vocab_size} tokens of {tokenizer.name}, --model "
+            f"--data {data} is in the {tokenizer.vocab_size} tokens of {tokenizer.name}, the model "
             f"{model} knows {vocabulary}"
         )
     # By what it gives: bytes saved for Hugging Face are another tokenizer with the same ids.
     if own and not np.array_equal(tokenizer.encode(_SAMPLE), load_tokenizer(own).encode(_SAMPLE)):
         raise BadArgument(
-            f"--data {data} was packed with another tokenizer ({tokenizer.name}) than --model "
-            f"{model} has: pack the text with --tokenizer {model}"
+            f"--data {data} was packed with another tokenizer ({tokenizer.name}) than the "
+            f"model {model} has: pack the text with --tokenizer {model}"
         )
     return Documents(store, np.arange(len(store))), tokenizer
 
@@ -78,8 +78,7 @@ def choose_texts(
     Raises:
         BadArgument: too few are long enough; the message says how many are.
     """
-    # A document's end token is no text.
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     wanted = {2 * max(lengths): checked} | dict.fromkeys(sorted(lengths, reverse=True), count)
     needed, short = 0, []
     for length, own in wanted.items():

@@ -1,10 +1,10 @@
 """lit-sparse evaluate: long-context quality of models, sparse and dense side by side.
 
-Loss by position on held-out documents, and tasks that only text far back answers: passkey (one
-key in a long text), multikey (one of several named keys), multivalue (all values of one name),
-variables (a chain of assignments), aggregation (the most common word). MODEL is a Hugging Face
-directory, or a run directory that holds one. Sparse is by the law in the model's config, or that
-of --budget.
+Loss by position on held-out documents, and tasks that only text far back answers: copy (random
+characters once more), passkey (one key in a long text), multikey (one of several named keys),
+multivalue (all values of one name), variables (a chain of assignments), aggregation (the most
+common word). MODEL is a Hugging Face directory, or a run directory that holds one. Sparse is by
+the law in the model's config, or that of --budget.
 
 Documents are those that lit-sparse fit keeps for validation with the default data.seed and
 data.validation_fraction: a model that was trained so on the same --data has not seen them. What
@@ -19,12 +19,12 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from lit_sparse.attention.select import check_power_of_two
 from lit_sparse.evaluation import NAMES, Questions, evaluate
+from lit_sparse.recipes.arguments import Parser
 from lit_sparse.recipes.benchmark.report import BadArgument, environment, write_json
 from lit_sparse.recipes.benchmark.steps import DTYPES
 from lit_sparse.recipes.evaluate.report import Result, lines
@@ -51,13 +51,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadArgument(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

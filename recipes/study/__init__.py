@@ -5,7 +5,6 @@ from __future__ import annotations
 
 def main(argv: list[str]) -> int:
     """See `command.main`."""
-    # Not above: what is wrong with the arguments is said before torch is loaded.
     from lit_sparse.recipes.study import command
 
     return command.main(argv)

@@ -7,6 +7,7 @@ reports of the full forms that come with lit-sparse are in recipes/study/reports
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from lit_sparse.recipes.arguments import Parser
 from lit_sparse.recipes.benchmark.report import BadArgument
+from lit_sparse.recipes.evaluate.subject import huggingface_directory
 from lit_sparse.recipes.study.findings import Findings, Settings
 
 PROGRAM = "lit-sparse study"
@@ -38,9 +41,10 @@ TAKES_MODELS = ("windows", "layers", "radius", "collapse", "alpha")
 
 
 def main(argv: list[str]) -> int:
-    """Run one study, write and print its report. 2 for bad input."""
-    options = _parser().parse_args(argv)
+    """Run one study, write and print its report. 2 where something is refused."""
     try:
+        # Intermixed: models may stand behind options.
+        options = _parser().parse_intermixed_args(argv)
         settings = _settings(options)
         run: Callable[[Settings], Findings]
         run = import_module(f"lit_sparse.recipes.study.{options.study}").run
@@ -51,7 +55,9 @@ def main(argv: list[str]) -> int:
         command = shlex.join([*PROGRAM.split(), *argv])
         title = f"Study `{options.study}`: {STUDIES[options.study]}"
         lines = report.write(title, findings, settings, command, time.monotonic() - begin)
-    except BadArgument as error:
+    except (BadArgument, OSError) as error:
+        if os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("\n".join(lines))
@@ -61,10 +67,11 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name.ljust(12)} {about}" for name, about in STUDIES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description=f"{__doc__}\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("study", choices=STUDIES, metavar="NAME", help="one of the above")
@@ -73,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="MODEL",
-        help=f"Hugging Face directories, for {', '.join(TAKES_MODELS)} (default: a small model "
-        "that the study trains first)",
+        help=f"Hugging Face or run directories, for {', '.join(TAKES_MODELS)} (default: a small "
+        "model that the study trains first)",
     )
     add("--quick", action="store_true", help="a smaller form, under 2 minutes on two cores")
     add("--large", action="store_true", help="training: 1k to 32k tokens on a GPU, for hours")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="of the report (default: runs/studies/NAME)")
+    add("--out", type=Path, metavar="DIR", help="of the report (default: NAME in that of --work)")
     add(
         "--work",
         type=Path,
@@ -93,28 +100,26 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> Settings:
     if options.models and options.study not in TAKES_MODELS:
         raise BadArgument(f"{options.study} takes no models, got {options.models[0]}")
-    for model in options.models:
-        if not (model / "config.json").is_file():
-            raise BadArgument(f"MODEL {model}: there is no {model / 'config.json'}")
     if options.seed < 0:
         raise BadArgument(f"--seed must be 0 or more, got {options.seed}")
     if options.large and (options.study != "training" or options.quick):
         raise BadArgument("--large is a form of training, and not together with --quick")
     if options.large and not torch.cuda.is_available():
         raise BadArgument("--large: this machine has no CUDA device")
+    models = tuple(huggingface_directory(model) for model in options.models)
     out = options.out or options.work / options.study
-    try:
-        for directory in (out, options.work):
+    for name, directory in (("work", options.work), ("out", out)):
+        try:
             directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadArgument(f"--out {out}: {error.strerror}") from error
+        except OSError as error:
+            raise BadArgument(f"--{name} {directory}: {error.strerror}") from error
     return Settings(
         out=out,
         work=options.work,
         quick=options.quick,
         large=options.large,
         seed=options.seed,
-        models=tuple(options.models),
+        models=models,
         progress=_progress,
     )
 

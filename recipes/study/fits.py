@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,7 +103,8 @@ def _write_record(run: Path, fit: Fit, taken: float | None) -> None:
 
 
 def _finished(fit: Fit, run: Path) -> bool:
-    return _same(fit, run) and _record(run)["seconds"] is not None
+    done = _same(fit, run) and _record(run)["seconds"] is not None
+    return done and (run / "huggingface").is_dir()
 
 
 def _same(fit: Fit, run: Path) -> bool:
@@ -116,14 +118,20 @@ def _start(fit: Fit, root: Path, threads: int) -> subprocess.Popen[bytes]:
     _write_record(run, fit, None)
     command = [sys.executable, "-m", "lit_sparse", "fit", *fit.arguments()]
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    with (root / f"{fit.name}.log").open("ab" if goes_on else "wb") as log:
-        return subprocess.Popen(
-            [*command, "--run.root", str(root), *how],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **environment},
-        )
+    # The run is deaf to a Ctrl-C in the terminal, and ends by `run_fits`: of two signals the second
+    # would end it at once, without a checkpoint.
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with (root / f"{fit.name}.log").open("ab" if goes_on else "wb") as log:
+            return subprocess.Popen(
+                [*command, "--run.root", str(root), *how],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **environment},
+            )
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def _conclude(fit: Fit, process: subprocess.Popen[bytes], begin: float, root: Path) -> None:

@@ -19,6 +19,12 @@ from lit_sparse.data import Documents
 from lit_sparse.models import dense_attention, law_layers, observe
 from lit_sparse.models.head import language_head
 
+BLOCK = TILE = SINK = 4
+"""Tokens, of studies on short contexts: what is always kept is small beside the windows."""
+
+LONGEST = 2048
+"""Of a model with a longer context these studies use so much, in tokens."""
+
 _LOGIT_ROWS = 1024
 
 
@@ -84,6 +90,16 @@ class Reading:
     output_error: np.ndarray
 
 
+def mixture(shortest: int, longest: int) -> tuple[int, ...]:
+    """Document lengths of one row: equally many tokens at every doubling from the shortest."""
+    documents: list[int] = []
+    length = shortest
+    while length <= longest:
+        documents += [length] * (longest // length)
+        length *= 2
+    return tuple(documents)
+
+
 def random_pieces(
     documents: Documents, lengths: Sequence[int], rng: np.random.Generator
 ) -> list[Tensor]:
@@ -92,8 +108,7 @@ def random_pieces(
     Raises:
         ValueError: no document is so long.
     """
-    # A document's end token is no text.
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     pieces = []
     for length in lengths:
         eligible = np.flatnonzero(sizes >= length)

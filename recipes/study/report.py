@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +59,7 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Lines of a Markdown table; columns that hold numbers stand flush right."""
     # A bar, as in ||W||, would end the cell.
     cells = [[cell(value).replace("|", r"\|") for value in row] for row in rows]

@@ -25,7 +25,14 @@ from lit_sparse.models import (
 )
 from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
+from lit_sparse.recipes.study.base import base_model
 from lit_sparse.recipes.study.findings import Settings
+
+SEEN = (
+    "The Python source is of the kind that the study's own model is trained on, and may have been "
+    "among it."
+)
+"""A note of reports."""
 
 PERIOD = 32
 """Tokens of the piece that a repeated text repeats."""
@@ -91,8 +98,6 @@ def given(settings: Settings) -> list[Path]:
         if twice := [name for name in names if names.count(name) > 1]:
             raise BadArgument(f"MODEL: two directories are named {twice[0]}; give one another name")
         return list(settings.models)
-    from lit_sparse.recipes.study.base import base_model
-
     return [base_model(settings)]
 
 

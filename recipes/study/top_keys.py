@@ -79,3 +79,14 @@ def collision(weights: Tensor) -> Tensor:
 def entropy(weights: Tensor) -> Tensor:
     """In nats, [H]."""
     return torch.special.entr(weights).sum(-1)
+
+
+def geometric_mean(values: Tensor) -> float:
+    """Of heads, [H]."""
+    return float(values.double().log().mean().exp())
+
+
+def rms(errors: Tensor) -> float:
+    """Root mean square of heads, [H]."""
+    # A key that has all of the mass leaves no error, which has no logarithm.
+    return max(float(errors.square().mean().sqrt()), 1e-9)

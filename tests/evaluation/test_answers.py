@@ -16,7 +16,7 @@ def _prompts(documents, task, length, count):
 
 
 @pytest.mark.parametrize(
-    ("task", "length", "count"), [("passkey", 300, 30), ("multivalue", 400, 3)]
+    ("task", "length", "count"), [("passkey", 300, 30), ("multivalue", 400, 3), ("copy", 300, 30)]
 )
 def test_numbers_are_those_of_the_full_logits(model, documents, task, length, count):
     asked = _prompts(documents, task, length, count)

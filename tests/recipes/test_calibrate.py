@@ -251,7 +251,7 @@ def test_the_text_is_in_the_tokens_of_the_model(place, tmp_path):
     )
     with pytest.raises(BadArgument, match="was packed with another tokenizer"):
         open_documents(tmp_path / "words", store, 257)
-    with pytest.raises(BadArgument, match="in the 257 tokens of bytes, --model .* knows 256"):
+    with pytest.raises(BadArgument, match="in the 257 tokens of bytes, the model .* knows 256"):
         open_documents(place / "model", store, 256)
 
 

@@ -83,15 +83,6 @@ class Prompts:
         """Place of the answer's first token: what is generated begins here."""
         return int(self.answer[0].argmax())
 
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [count, length]: at each token the next one if that is of the answer, else -100;
-        shifted as the labels of a batch are.
-        """
-        labels = np.full_like(self.ids, -100)
-        labels[:, :-1] = np.where(self.answer[:, 1:], self.ids[:, 1:], -100)
-        return labels
-
 
 def prompts(
     task: Task, documents: Documents, length: int, count: int, rng: np.random.Generator
@@ -176,7 +167,7 @@ def check(task: Task, tokens: np.ndarray, depth: float | None) -> None:
 
 def _text(documents: Documents, tokens: int, rng: np.random.Generator) -> np.ndarray:
     """A run of `tokens` tokens of text, document ends left out."""
-    sizes = documents.lengths - 1
+    sizes = documents.text_lengths
     windows = np.maximum(sizes - tokens + 1, 0)
     if windows.any():
         # Every window is as likely as any other.

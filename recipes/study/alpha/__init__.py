@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
+from lit_sparse.recipes.study.alpha.figures import draw_losses
+from lit_sparse.recipes.study.alpha.measure import Measured, measure
+from lit_sparse.recipes.study.alpha.tables import distances_table, laws_table, losses_table
+from lit_sparse.recipes.study.alpha.verdicts import against_presets, on_the_front
 from lit_sparse.recipes.study.findings import Chart, Findings, Settings
-
-if TYPE_CHECKING:
-    from lit_sparse.recipes.study.alpha.measure import Measured
+from lit_sparse.recipes.study.reading import BLOCK, SINK
+from lit_sparse.recipes.study.subjects import SEEN, given
 
 
 def run(settings: Settings) -> Findings:
     """Calibrate, run all laws, see where the calibrated ones lie."""
-    from lit_sparse.recipes.study.alpha.measure import measure
-    from lit_sparse.recipes.study.alpha.tables import distances_table, laws_table, losses_table
-    from lit_sparse.recipes.study.alpha.verdicts import against_presets, on_the_front
-    from lit_sparse.recipes.study.subjects import given
-
     found = [measure(settings, path) for path in given(settings)]
     seed = settings.seed
     return Findings(
@@ -42,12 +40,11 @@ _NOTES = (
     "The presets keep at least 1024 keys, which is everything at these contexts. Here they have no "
     "floor, and their exponents go through 1, 2, 4 and 8 times the share of the keys that they "
     "keep at 32768 tokens.",
+    SEEN,
 )
 
 
 def _method(found: Sequence[Measured]) -> str:
-    from lit_sparse.recipes.study.alpha.laws import BLOCK, SINK
-
     parts = []
     for measured in found:
         kinds = ", ".join(
@@ -67,7 +64,7 @@ def _method(found: Sequence[Measured]) -> str:
         parts.append(f"{measured.name}, context {measured.context}: {kinds}. {tasks}.")
     return (
         "A model is calibrated for several shares of the attention mass, as `lit-sparse calibrate` "
-        "does it, on documents that nothing else reads; every law then runs on the same packed "
+        "does it, on documents that no comparison reads; every law then runs on the same packed "
         f"rows, with blocks and tiles of {BLOCK} tokens and a sink of {SINK}. The loss of a task "
         "is that of its answer, given the right tokens before; all lengths count alike. Executed "
         "keys are measured. Intervals are a bootstrap over rows, which all laws share.\n\n"
@@ -76,15 +73,10 @@ def _method(found: Sequence[Measured]) -> str:
 
 
 def _chart(measured: Measured, number: int) -> Chart:
-    def draw(figure: Any) -> None:
-        from lit_sparse.recipes.study.alpha.figure import draw_losses
-
-        draw_losses(figure, measured)
-
     return Chart(
         "losses" if number == 0 else f"losses_{number + 1}",
         f"{measured.name}: loss difference against executed keys, of the grid (lines of one C), "
         "the calibrated laws and the presets.",
-        draw,
+        partial(draw_losses, measured),
         (4 * len(measured.losses), 4.5),
     )

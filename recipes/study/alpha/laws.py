@@ -10,16 +10,12 @@ import numpy as np
 from lit_sparse.budget import PRESETS, Budget
 from lit_sparse.calibration import ChosenLaw, choose_law, fit_heads
 from lit_sparse.data import Documents
+from lit_sparse.recipes.benchmark.report import BadArgument
 from lit_sparse.recipes.calibrate.check import raised, run_check
 from lit_sparse.recipes.calibrate.measure import Subject, load, longest_context, measure
 from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
 from lit_sparse.recipes.study.findings import Settings
-
-BLOCK = TILE = SINK = 4
-"""Small, since contexts are short: what is always kept is small beside the budgets."""
-
-LONGEST = 2048
-"""Of a model with a longer context so much is used, in tokens."""
+from lit_sparse.recipes.study.reading import BLOCK, LONGEST, SINK, TILE
 
 REFERENCE, FACTORS = 32768, (1, 2, 4, 8)
 """Context at which a preset's share of the keys is taken over to the longest one here, and what
@@ -60,7 +56,11 @@ def open_subject(settings: Settings, path: Path) -> tuple[Subject, int]:
     Raises:
         BadArgument: it cannot be used, or there are too few documents.
     """
-    model, selecting = load(path, "float32", "cpu", BLOCK, TILE, SINK)
+    try:
+        model, selecting = load(path, "float32", "cpu", BLOCK, TILE, SINK)
+    except BadArgument as error:
+        # Here it is no option.
+        raise BadArgument(str(error).replace("--model", "MODEL", 1)) from error
     context = min(longest_context(model), LONGEST)
     lengths = [context // 8, context // 4, context // 2]
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -24,9 +24,15 @@ from lit_sparse.recipes.study.alpha.laws import (
     presets,
 )
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import Reading, Row, random_pieces, read, read_densely
+from lit_sparse.recipes.study.reading import (
+    Reading,
+    Row,
+    mixture,
+    random_pieces,
+    read,
+    read_densely,
+)
 from lit_sparse.recipes.study.subjects import name_of
-from lit_sparse.recipes.study.windows.cost import mixture
 
 TEXT = "text"
 TASKS = ("passkey", "multikey", "aggregation")
@@ -78,12 +84,12 @@ def measure(settings: Settings, path: Path) -> Measured:
         BadArgument: the model cannot be used.
     """
     subject, context = open_subject(settings, path)
+    rows = _rows(settings, subject, context)
     with warnings.catch_warnings():
         # That a law is below what is always kept: the keys that are read are what counts.
         warnings.filterwarnings("ignore", message=".*always kept", category=UserWarning)
         found_laws, dense_targets = calibrated(settings, subject, context)
     laws = [*found_laws, *grid(settings, context), *presets(context)]
-    rows = _rows(settings, subject, context)
     dense = {name: [read_densely(subject.model, row) for row in own] for name, own in rows.items()}
     found: dict[str, list[list[Reading]]] = {name: [] for name in rows}
     for number, law in enumerate(laws, 1):

@@ -17,6 +17,7 @@ from lit_sparse.recipes.study.collapse.measure import TASKS, Sizes, shortest
 from lit_sparse.recipes.study.collapse.mends import check_llama
 from lit_sparse.recipes.study.collapse.training import Plan, all_runs, datamodule, train_all
 from lit_sparse.recipes.study.findings import Chart, Findings, Settings
+from lit_sparse.recipes.study.subjects import given
 
 LOST = 0.2
 """The collapsed starts are the mildest of the scanned factors that leave no more than this share of
@@ -128,11 +129,7 @@ NOTES = (
 def _base(settings: Settings) -> Path:
     if len(settings.models) > 1:
         raise BadArgument(f"collapse takes one MODEL, got {len(settings.models)}")
-    if settings.models:
-        return settings.models[0]
-    from lit_sparse.recipes.study.base import base_model
-
-    return base_model(settings)
+    return given(settings)[0]
 
 
 def _collapsed(plan: Plan, at_training: Scan) -> Plan:

@@ -13,8 +13,7 @@ import numpy as np
 from lit_sparse.callbacks import CollapseLimits
 from lit_sparse.recipes.study.collapse.measure import Measured, Probe, measure
 from lit_sparse.recipes.study.collapse.mends import scale_logits
-from lit_sparse.recipes.study.ranks import rank_correlation
-from lit_sparse.recipes.study.stats import Estimate, crossing, mean_of
+from lit_sparse.recipes.study.stats import Estimate, crossing, mean_of, rank_correlation
 
 _LIMITS = CollapseLimits()
 

@@ -62,7 +62,7 @@ class Sizes:
     ) -> Probe:
         """Windows of documents, and tasks planted into others."""
         rng = np.random.default_rng([seed, length])
-        sizes = documents.lengths - 1
+        sizes = documents.text_lengths
         there = np.flatnonzero(sizes >= length)
         windows = []
         for document in rng.choice(there, self.texts, replace=len(there) < self.texts):

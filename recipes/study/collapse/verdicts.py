@@ -164,16 +164,16 @@ class Arms:
         """Of the mend over none."""
         return paired(self.score(start, mend) - self.score(start, NONE))
 
-    def cost(self, start: str) -> float:
+    def cost(self, start: str) -> Estimate:
         """What collapse costs at its worst: the control, less what the start without a mend is
         before training or after it."""
-        worst = min(self.score(start, NONE, before).mean() for before in (True, False))
-        return float(self.score(HEALTHY, NONE).mean() - worst)
+        worst = min((self.score(start, NONE, before) for before in (True, False)), key=np.mean)
+        return paired(self.score(HEALTHY, NONE) - worst)
 
     def back(self, start: str, mend: str) -> float:
         """Share of that cost that the arm does not have; NaN where there is none."""
         left = self.score(HEALTHY, NONE).mean() - self.score(start, mend).mean()
-        cost = self.cost(start)
+        cost = self.cost(start).mean
         return float(1 - left / cost) if cost > 0 else math.nan
 
 
@@ -184,7 +184,7 @@ def of_runs(results: Sequence[Result], plan: Plan) -> list[Verdict]:
     for start, text, times in _STARTS:
         answers, loss = (Arms(results, times * plan.length, own) for own in (False, True))
         # Answers where at least half of them is lost, else the loss.
-        lost = answers.cost(start) > answers.score(HEALTHY, NONE).mean() / 2
+        lost = answers.cost(start).mean > answers.score(HEALTHY, NONE).mean() / 2
         for mend in ARMS[start][1:]:
             found.append(_mends(answers, answers if lost else loss, start, text, mend))
     found.append(_longer(Arms(results, 2 * plan.length)))
@@ -198,8 +198,9 @@ def _undecided(verdict: Verdict) -> Verdict:
 def _mends(answers: Arms, arms: Arms, start: str, text: str, mend: str) -> Verdict:
     """By the scores of `arms`."""
     gain, back, alone = arms.gain(start, mend), arms.back(start, mend), arms.back(start, NONE)
-    if arms.cost(start) <= 0:
-        outcome, limit = Outcome.NOT_HERE, "the start costs nothing that could be mended"
+    cost = arms.cost(start)
+    if cost.low <= 0:
+        outcome, limit = Outcome.NOT_HERE, "the start costs nothing for certain, over seeds"
     elif gain.low > 0 and back >= BACK:
         outcome, limit = Outcome.SUPPORTED, ""
     elif gain.low > 0:
@@ -213,7 +214,7 @@ def _mends(answers: Arms, arms: Arms, start: str, text: str, mend: str) -> Verdi
     return Verdict(
         f"{_title(mend)} mends {text}",
         outcome,
-        f"collapse costs {arms.cost(start):.3g} {what}; {back:.0%} of it is back, {alone:.0%} "
+        f"collapse costs {cost} {what}; {back:.0%} of it is back, {alone:.0%} "
         f"without a mend; gain over no mend {gain}; answers {right[0]:.3g} without, {right[1]:.3g} "
         "with it",
         limit,

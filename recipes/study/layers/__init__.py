@@ -89,7 +89,6 @@ def _notes(found: list[Depth]) -> list[str]:
     return [
         f"Contexts of {shortest} to {longest} tokens: no word about longer ones. So few keys make "
         "C smaller than it is in the limit, which the Gaussian control shows.",
-        "The Python source is of the kind that the study's own model is trained on, and may have "
-        "been among it.",
+        subjects.SEEN,
         "A slope of exp(H), the entropy's number of keys, is a second view of C without an eps.",
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_sparse import theory
 from lit_sparse.recipes.study.findings import Findings, Settings, Table
-from lit_sparse.recipes.study.norms import charts
+from lit_sparse.recipes.study.norms import figures
 from lit_sparse.recipes.study.norms.measure import (
     DELTA,
     FEW,
@@ -46,7 +46,7 @@ def run(settings: Settings) -> Findings:
             _bounds(measured),
             _grid(measured),
         ],
-        charts=charts.charts(measured),
+        charts=figures.all_of(measured),
         notes=[
             f"gamma read off the entropy (1 - H / ln n) is {at_one:.2f} at gamma = 1 and n = "
             f"{longest}: a monitor that waits for 1 waits for far larger logits.",

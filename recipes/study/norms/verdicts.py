@@ -95,9 +95,11 @@ def _inevitable(measured: Measured) -> Verdict:
         f"{fast[0]:.2f} at the shortest n, {fast[-1]:.2f} at the longest; for {FIXED.name} "
         f"{first:.2f} and {last:.2f}: at fixed norms length undoes it",
         ""
-        if collapse[ONE_HOLDS]
+        if all(collapse.values())
         else f"it is a few keys that take the row: a single one has half in "
-        f"{at_most[ONE_HOLDS][-1]:.2f} of rows at gamma = {GAMMAS[-1]:g}",
+        f"{at_most[ONE_HOLDS][-1]:.2f} of rows at gamma = {GAMMAS[-1]:g}"
+        if collapse[FEW_HOLD]
+        else "not in nearly all rows even at the largest gamma, or in some at the least",
     )
 
 
@@ -113,7 +115,9 @@ def _threshold(measured: Measured) -> Verdict:
         f"gamma = {few} on ({first.mean:.2f} at n = {measured.lengths[0]}), one key from {one}",
         ""
         if near
-        else f"no sharp point at these n: {FEW} keys take half before it, one key only after it",
+        else f"no sharp point at these n: {FEW} keys take half before it, one key only after it"
+        if few.mean < 1 < one.mean
+        else "1 is on one side of both",
     )
 
 
@@ -129,7 +133,8 @@ def _bound(measured: Measured) -> Verdict:
         [(found.of_worst_row / found.largest).mean() for found in measured.bounds.values()]
     )
     return Verdict(
-        f"the largest logit is at most M = R_i sqrt(2 ln(2n / delta)), delta = {DELTA:g}",
+        f"the largest logit is at most M = R_i sqrt(2 ln(2n / delta)), delta = {DELTA:g} "
+        "(reconstructed)",
         Outcome.of(holds and not loose, holds),
         f"M / measured at n = {measured.lengths[-1]}, entries {_listed(ratios)}; it fails in "
         f"{max(fails.values()):.3f} of rows at most. From norms alone (any row), M is "

@@ -76,6 +76,7 @@ def _findings(
             "Whether R grows as fast as sqrt(ln n) needs one model trained at several contexts: "
             "here each has one, and R is held against sqrt(2 ln n) at it.",
             "Rows enter the bound in root mean square: it is no bound of each row.",
+            subjects.SEEN,
             "RoPE rules are changed without training: what a model makes of another rotation after "
             "fine-tuning is another question. No rotation is position interpolation with a factor "
             "of 1e12. Losses are of the last 256 tokens of each text.",

@@ -14,8 +14,7 @@ from lit_sparse.recipes.study.entries import normal_largest
 from lit_sparse.recipes.study.findings import Outcome, Verdict
 from lit_sparse.recipes.study.radius.measure import Radii
 from lit_sparse.recipes.study.radius.rope import NONE, OWN, Rotated
-from lit_sparse.recipes.study.ranks import rank_correlation
-from lit_sparse.recipes.study.stats import Estimate, mean_of
+from lit_sparse.recipes.study.stats import Estimate, mean_of, rank_correlation
 
 # Rank correlation from which one quantity may stand for another.
 _USABLE = 0.5
@@ -192,8 +191,9 @@ def _rules(rotated: Sequence[Rotated], seed: int) -> Verdict:
             (other.context, own.context)
             for own, other in _pairs([r for r in rotated if r.subject.name == name], None)
         ]
-        change = torch.cat([(a.by_rms / b.by_rms).flatten() for a, b in pairs])
-        seen = torch.cat([(a.spread / b.spread).flatten() for a, b in pairs])
+        # [heads, rules]: a head's rules are not independent of each other.
+        change = torch.stack([(a.by_rms / b.by_rms).flatten() for a, b in pairs], 1)
+        seen = torch.stack([(a.spread / b.spread).flatten() for a, b in pairs], 1)
         found[name] = rank_correlation(change, seen, seed)
     usable = all(x.low > _USABLE for x in found.values())
     some = all(x.low > 0 for x in found.values())
@@ -202,7 +202,8 @@ def _rules(rotated: Sequence[Rotated], seed: int) -> Verdict:
         "What another RoPE rule (none, another theta, YaRN) does to R tells what it does to the "
         "logits' spread.",
         Outcome.of(usable, some),
-        f"rank correlation of both changes, over heads and rules at the model's context: {said}",
+        f"rank correlation of both changes, over heads and rules at the model's context (intervals "
+        f"over heads): {said}",
         "" if usable else f"no correlation that is above {_USABLE:g} for certain in each model",
     )
 

@@ -6,7 +6,7 @@ from dataclasses import astuple
 
 from lit_sparse.recipes.study.findings import Findings, Settings, Table
 from lit_sparse.recipes.study.relaxed import OUTLIERS, TOPICS
-from lit_sparse.recipes.study.sensitivity import charts
+from lit_sparse.recipes.study.sensitivity import figures
 from lit_sparse.recipes.study.sensitivity.measure import (
     FEW,
     GAMMA,
@@ -37,7 +37,7 @@ def run(settings: Settings) -> Findings:
         "over repetitions.",
         verdicts=verdicts(measured),
         tables=[_degradation(measured), _ratios(measured)],
-        charts=charts.charts(measured),
+        charts=figures.all_of(measured),
         notes=[
             "A shared mean shifts all logits of a row, which a softmax does not see, and the "
             "values' mean cancels in the output's error: the formula for it, which takes values "

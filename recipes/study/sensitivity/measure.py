@@ -22,7 +22,14 @@ from lit_sparse.recipes.study.relaxed import (
     topics,
 )
 from lit_sparse.recipes.study.stats import Estimate, crossing, log_slopes, mean_of
-from lit_sparse.recipes.study.top_keys import SortedRows, collision, keys_needed, missed_mass
+from lit_sparse.recipes.study.top_keys import (
+    SortedRows,
+    collision,
+    geometric_mean,
+    keys_needed,
+    missed_mass,
+    rms,
+)
 
 MISSED, FEW = 0.05, 16
 SIGMA, GAMMA = 2.0, 0.5
@@ -130,11 +137,11 @@ def _measured(rows: SortedRows, n: int) -> dict[str, float]:
     )
     output = rows.output_errors(_scale(rows, 1), [k], rows.rows.values)[:, 0]
     return {
-        "keys": _geometric(keys_needed(fixed, MISSED)),
-        "growing": _geometric(keys_needed(rows.weights(_scale(rows, sigma)), MISSED)),
+        "keys": geometric_mean(keys_needed(fixed, MISSED)),
+        "growing": geometric_mean(keys_needed(rows.weights(_scale(rows, sigma)), MISSED)),
         "expected": n * float(theory.gaussian_keys_fraction(sigma, MISSED)),
-        "output": _rms(output),
-        "formula": _rms(formula),
+        "output": rms(output),
+        "formula": rms(formula),
     }
 
 
@@ -157,12 +164,3 @@ def _collapse(few: np.ndarray) -> Estimate:
 def _scale(rows: SortedRows, sigma: float) -> Tensor:
     """[H, 1]"""
     return (sigma / rows.std)[:, None]
-
-
-def _rms(errors: Tensor) -> float:
-    # A key that has all of the mass leaves no error, which has no logarithm.
-    return max(float(errors.square().mean().sqrt()), 1e-9)
-
-
-def _geometric(values: Tensor) -> float:
-    return float(values.double().log().mean().exp())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple
 
 from lit_sparse.recipes.study.findings import Findings, Settings, Table
-from lit_sparse.recipes.study.sparsity import charts
+from lit_sparse.recipes.study.sparsity import figures
 from lit_sparse.recipes.study.sparsity.measure import (
     BUDGETS,
     FIXED,
@@ -44,10 +44,13 @@ def run(settings: Settings) -> Findings:
             _losses(measured),
             _keys(measured),
         ],
-        charts=charts.charts(measured),
+        charts=figures.all_of(measured),
         notes=[
             "`exp(entropy)` grows like n^(1 - gamma); k_eps at a fixed share of the mass grows "
             "faster at these lengths, as the closed form for Gaussian logits says.",
+            "The worst of n rows is that of n independent draws of the values of the kept keys, "
+            "held against a dense output of 0: rows of one context share values. The study "
+            "`windows` has the largest error of n rows over the same keys.",
             f"Independent values have the error that the formula of kept and dropped weights says: "
             f"measured / formula is {_of_formula(measured)} over all budgets at {FIXED.name}.",
         ],

@@ -18,8 +18,10 @@ from lit_sparse.recipes.study.top_keys import (
     SortedRows,
     collision,
     entropy,
+    geometric_mean,
     keys_needed,
     missed_mass,
+    rms,
 )
 
 MISSED = 0.05
@@ -86,9 +88,9 @@ def _measured(rows: SortedRows, n: int, generator: torch.Generator) -> dict[tupl
         radius = growth.radius(n)
         weights = rows.weights(radius)
         share = theory.gaussian_keys_fraction(rows.std * radius, MISSED)
-        found["keys", growth.name] = _geometric(keys_needed(weights, MISSED))
-        found["gaussian", growth.name] = n * _geometric(share)
-        found["support", growth.name] = _geometric(entropy(weights).exp())
+        found["keys", growth.name] = geometric_mean(keys_needed(weights, MISSED))
+        found["gaussian", growth.name] = n * geometric_mean(share)
+        found["support", growth.name] = geometric_mean(entropy(weights).exp())
         if growth in LOSS_GROWTHS:
             for norm, losses in _losses(rows, radius, weights, n).items():
                 for budget, loss in zip(BUDGETS, losses, strict=True):
@@ -115,9 +117,9 @@ def _losses(rows: SortedRows, radius: float, weights: Tensor, n: int) -> dict[st
     return {
         ENTRY: [float(weights[:, k].max()) for k in keys],
         MASS: [float(tau.mean()) for tau in missed],
-        INDEPENDENT: [_rms(error) for error in independent.T],
-        LINEAR: [_rms(error) for error in linear.T],
-        FORMULA: [_rms(error) for error in formula],
+        INDEPENDENT: [rms(error) for error in independent.T],
+        LINEAR: [rms(error) for error in linear.T],
+        FORMULA: [rms(error) for error in formula],
     }
 
 
@@ -136,11 +138,3 @@ def worst_of_rows(kept: Tensor, n: int, generator: torch.Generator) -> float:
         worst = max(worst, float((values @ weights).abs().max()))
     # Signs that all agree give 1 but for the rounding of their sum.
     return round(worst, 6)
-
-
-def _geometric(values: Tensor) -> float:
-    return float(values.double().log().mean().exp())
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())

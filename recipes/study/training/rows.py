@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lit_sparse.data import PackedTextDataModule
+from lit_sparse.recipes.evaluate.subject import SPLIT_SEED
 from lit_sparse.recipes.study.fits import shipped_keys
 from lit_sparse.recipes.study.training.arms import Row
 from lit_sparse.recipes.study.training.scale import CONFIG, Form
@@ -10,8 +11,9 @@ from lit_sparse.training import Curriculum, Stage
 
 
 def training_rows(form: Form) -> list[Row]:
-    """Document lengths of every row of the run."""
-    options = {**shipped_keys(CONFIG)["data"], "row_tokens": form.lengths[-1]}
+    """Document lengths of every row of the first seed's runs."""
+    own = {"row_tokens": form.lengths[-1], "seed": form.seeds[0], "split_seed": SPLIT_SEED}
+    options = {**shipped_keys(CONFIG)["data"], **own}
     stages = [Stage(length=length, steps=steps) for length, steps in form.stages]
     data = PackedTextDataModule(**options, curriculum=Curriculum(stages))
     data.setup()

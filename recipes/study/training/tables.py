@@ -54,19 +54,13 @@ def _answers(results: list[Result]) -> Table:
         for task, at in runs[0].answers.items():
             for length in at:
                 found = [run.answers[task][length] for run in runs]
-                shares = [f(a) for f in _SHARES for a in found]
-                rows.append(
-                    [
-                        runs[0].arm.title,
-                        task,
-                        length,
-                        *(_mean(part) for part in np.split(np.array(shares), len(_SHARES))),
-                    ]
+                means = (
+                    _mean(own.accuracy.mean for own in found),
+                    _mean(own.token_accuracy for own in found),
+                    _mean(own.loss for own in found),
                 )
+                rows.append([runs[0].arm.title, task, length, *means])
     return Table("answers", "Tasks, means over the seeds", columns, rows)
-
-
-_SHARES = (lambda a: a.accuracy.mean, lambda a: a.token_accuracy, lambda a: a.loss)
 
 
 def _positions(results: list[Result]) -> Table:

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lit_sparse.recipes.study.findings import Findings, Settings
-
-if TYPE_CHECKING:
-    from lit_sparse.recipes.study.windows.persistence import Growth
-    from lit_sparse.recipes.study.windows.synthetic import Errors
-    from lit_sparse.recipes.study.windows.trained import Trained
+from lit_sparse.recipes.study.reading import BLOCK, SINK
+from lit_sparse.recipes.study.subjects import SEEN, given
+from lit_sparse.recipes.study.windows import persistence, synthetic, trained
+from lit_sparse.recipes.study.windows.cost import RULES
+from lit_sparse.recipes.study.windows.figures import growth_chart, synthetic_charts, trained_charts
+from lit_sparse.recipes.study.windows.persistence import Growth
+from lit_sparse.recipes.study.windows.synthetic import Errors
+from lit_sparse.recipes.study.windows.tables import growth_table, synthetic_tables, trained_tables
+from lit_sparse.recipes.study.windows.trained import Trained
+from lit_sparse.recipes.study.windows.verdicts import all_verdicts
 
 
 def run(settings: Settings) -> Findings:
     """Synthetic rows, slow windows, and trained models on rows that mix document lengths."""
-    from lit_sparse.recipes.study.subjects import given
-    from lit_sparse.recipes.study.windows import persistence, synthetic, trained
-    from lit_sparse.recipes.study.windows.figures import (
-        growth_chart,
-        synthetic_charts,
-        trained_charts,
-    )
-    from lit_sparse.recipes.study.windows.tables import (
-        growth_table,
-        synthetic_tables,
-        trained_tables,
-    )
-    from lit_sparse.recipes.study.windows.verdicts import all_verdicts
-
     seed = settings.seed
-    rows, growth = synthetic.measure(settings), persistence.measure(settings)
+    # Models first: what is wrong with one is said at once.
     models = [trained.measure(settings, path) for path in given(settings)]
+    rows, growth = synthetic.measure(settings), persistence.measure(settings)
     return Findings(
         question="Is a window that adapts to the context, k(n) = alpha n^C, better than a constant "
         "one where document lengths differ, if both cost the same? And does the error of a window "
@@ -58,13 +49,11 @@ _NOTES = (
     "function of k alone, as k^-1/2, a constant window has the least mean (Jensen).",
     "A window of o(log n) keys cannot be told here from one whose error falls as a small power of "
     "ln n.",
+    SEEN,
 )
 
 
 def _method(rows: Errors, growth: Growth, models: Sequence[Trained]) -> str:
-    from lit_sparse.recipes.study.windows import persistence, trained
-    from lit_sparse.recipes.study.windows.cost import RULES
-
     names = ", ".join(rule.name for rule in RULES)
     model = models[0]
     return (
@@ -81,8 +70,8 @@ def _method(rows: Errors, growth: Growth, models: Sequence[Trained]) -> str:
         f"largest error of n rows over the same keys: to {growth.all_contexts[-1]}).\n\n"
         f"Trained: {', '.join(m.name for m in models)}; {model.values.shape[-1]} packed rows of "
         f"documents of {model.lengths[0]} to {model.lengths[-1]} tokens, pieces of Python's own "
-        f"source; the operator with blocks and tiles of {trained.BLOCK} tokens, sink "
-        f"{trained.SINK}, a quarter of each window local. Costs are keys that the operator reads, "
+        f"source; the operator with blocks and tiles of {BLOCK} tokens, sink "
+        f"{SINK}, a quarter of each window local. Costs are keys that the operator reads, "
         "solved from lengths and measured. Contexts are short, so blocks are: with blocks of 64 "
         "most windows would keep most of a document."
     )

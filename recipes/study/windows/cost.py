@@ -50,16 +50,6 @@ RULES = (
 )
 
 
-def mixture(shortest: int, longest: int) -> tuple[int, ...]:
-    """Document lengths of one batch: equally many tokens at every doubling from the shortest."""
-    documents: list[int] = []
-    length = shortest
-    while length <= longest:
-        documents += [length] * (longest // length)
-        length *= 2
-    return tuple(documents)
-
-
 def mean_keys(budget: Budget, documents: Sequence[int]) -> float:
     """The mean of k(n) over all query positions of the documents: every token counts once."""
     contexts = torch.arange(1, max(documents) + 1)

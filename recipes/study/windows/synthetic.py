@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_sparse.budget import Budget
 from lit_sparse.recipes.study import inputs
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, mean_keys, mixture, solve
+from lit_sparse.recipes.study.reading import mixture
+from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, mean_keys, solve
 
 SHORTEST = 256
 COSTS = (32, 64, 128, 256, 512)
@@ -77,8 +79,8 @@ def measure(settings: Settings) -> Errors:
     documents = mixture(SHORTEST, longest)
     lengths = tuple(sorted(set(documents)))
 
-    def cost(budget: object) -> float:
-        return mean_keys(budget, documents)  # type: ignore[arg-type]
+    def cost(budget: Budget) -> float:
+        return mean_keys(budget, documents)
 
     costs = tuple(cost(CONSTANT.make(keys)) for keys in COSTS)
     budgets = [solve(rule, cost, target) for target in costs for rule in RULES]

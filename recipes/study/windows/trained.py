@@ -11,24 +11,23 @@ import torch
 from lit_sparse.budget import Budget
 from lit_sparse.models import sparsify
 from lit_sparse.recipes.benchmark.report import BadArgument
-from lit_sparse.recipes.calibrate.measure import load, longest_context
-from lit_sparse.recipes.calibrate.texts import open_documents
+from lit_sparse.recipes.study import subjects
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import Row, random_pieces, read, read_densely
-from lit_sparse.recipes.study.subjects import name_of
-from lit_sparse.recipes.study.windows.cost import (
-    CONSTANT,
-    RULES,
-    executed_keys,
+from lit_sparse.recipes.study.reading import (
+    BLOCK,
+    LONGEST,
+    SINK,
+    TILE,
+    Row,
     mixture,
-    solve,
+    random_pieces,
+    read,
+    read_densely,
 )
+from lit_sparse.recipes.study.windows.cost import CONSTANT, RULES, executed_keys, solve
 
-BLOCK = TILE = SINK = 4
-"""Small, since contexts are short: what is always kept is small beside the windows."""
-
-LONGEST = 2048
-"""Of a model with a longer context so much is used, in tokens."""
+SHORTEST = 32 * BLOCK
+"""Tokens that a model's context must have at least, so that windows differ."""
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8)
 """Of the longest context: keys of the constant windows."""
@@ -74,12 +73,17 @@ def measure(settings: Settings, path: Path) -> Trained:
     Raises:
         BadArgument: the model cannot be used.
     """
-    model, _ = load(path, "float32", "cpu", BLOCK, TILE, SINK)
-    shortest = min(longest_context(model), LONGEST) // 8
+    subject = subjects.trained(path)
+    if subject.context < SHORTEST:
+        raise BadArgument(
+            f"MODEL {path} has positions for {subject.context} tokens; windows are compared in "
+            f"contexts of {SHORTEST} or more"
+        )
+    model, (text, _) = subject.model, subject.documents
+    shortest = min(subject.context, LONGEST) // 8
     documents = mixture(shortest, 8 * shortest)
     lengths = tuple(sorted(set(documents)))
     count, shares = (4, SHARES[:3]) if settings.quick else (24, SHARES)
-    text, _ = open_documents(path, "stdlib", model.get_input_embeddings().num_embeddings)
     rng = np.random.default_rng(settings.seed)
     try:
         rows = [Row.pack(random_pieces(text, documents, rng)) for _ in range(count)]
@@ -120,4 +124,4 @@ def measure(settings: Settings, path: Path) -> Trained:
                 ]
             executed[i, j] = np.mean(read_keys)
     dense_loss = np.mean([by_length(found.loss) for found in dense], axis=0)
-    return Trained(name_of(path), lengths, executed, values, dense_loss)
+    return Trained(subject.name, lengths, executed, values, dense_loss)

@@ -142,12 +142,10 @@ def test_prompts_ask_at_even_depths(documents_of, tokenizers, name, kind):
     task = make_task(name, tokenizer)
     documents = documents_of(TEXT)
     asked = prompts(task, documents, 400, 5, np.random.default_rng(0))
-    assert asked.ids.shape == asked.answer.shape == asked.labels.shape == (5, 400)
-    for ids, answer, labels in zip(asked.ids, asked.answer, asked.labels, strict=True):
+    assert asked.ids.shape == asked.answer.shape == (5, 400)
+    for answer in asked.answer:
         assert np.array_equal(answer, asked.answer[0]), "the answer stands at the same places"
         assert asked.answer_start == answer.argmax()
-        assert np.array_equal(labels[labels != -100], ids[answer])
-        assert np.array_equal(np.flatnonzero(labels != -100), np.flatnonzero(answer) - 1)
     if task.has_depth:
         assert asked.depths == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
     else:

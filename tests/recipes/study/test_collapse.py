@@ -157,7 +157,7 @@ def test_where_answers_stay_the_loss_decides():
     said = {one.claim: one for one in verdicts.of_runs(found, PLAN)}
     one = said["QK-clip mends a concentrated start"]
     assert one.outcome == Outcome.SUPPORTED
-    assert "costs 1 nats a token of text; 95% of it is back" in one.numbers
+    assert "costs 1 (1 to 1) nats a token of text; 95% of it is back" in one.numbers
 
 
 def test_intervals_of_few_seeds_are_students():

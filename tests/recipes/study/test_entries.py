@@ -1,11 +1,10 @@
-"""Statistics of what enters attention, and rank correlation, against brute force."""
+"""Statistics of what enters attention, against brute force."""
 
 import numpy as np
 import pytest
 import torch
 
 from lit_sparse.recipes.study.entries import Entries, dimension_share, normal_largest, token_cosine
-from lit_sparse.recipes.study.ranks import rank_correlation
 
 
 def _drawn(*shape, seed=0):
@@ -46,21 +45,3 @@ def test_normal_entries_are_as_large_as_is_said():
     entries.add(_drawn(1, 2000, 64))
     assert entries.largest_over_rms == pytest.approx(normal_largest(entries), rel=0.15)
     assert abs(entries.excess_kurtosis) < 0.1
-
-
-def test_rank_correlation_knows_order_alone():
-    x = np.arange(12.0)
-    assert rank_correlation(x, x**3).mean == pytest.approx(1)
-    assert rank_correlation(x, -np.exp(x)).high == pytest.approx(-1)
-
-
-def test_rank_correlation_of_ties_is_that_of_mean_ranks():
-    found = rank_correlation([1, 2, 2, 3], [1, 3, 2, 4])
-    assert found.mean == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
-    assert found.low <= found.mean <= found.high
-
-
-def test_what_is_unrelated_has_zero_in_its_interval():
-    x, y = _drawn(2, 40)
-    found = rank_correlation(x, y)
-    assert found.low < 0 < found.high

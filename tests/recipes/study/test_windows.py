@@ -11,6 +11,7 @@ import torch
 from lit_sparse.attention import select
 from lit_sparse.budget import Budget
 from lit_sparse.recipes.study.findings import Outcome
+from lit_sparse.recipes.study.reading import mixture
 from lit_sparse.recipes.study.windows.compare import compare, keys_ratio
 from lit_sparse.recipes.study.windows.cost import (
     ADAPTIVE,
@@ -18,7 +19,6 @@ from lit_sparse.recipes.study.windows.cost import (
     RULES,
     executed_keys,
     mean_keys,
-    mixture,
     solve,
 )
 from lit_sparse.recipes.study.windows.synthetic import NORMS, REGIMES, Errors, draw, errors

@@ -21,7 +21,7 @@ from lit_sparse.recipes.study.report import COLOURS
 from lit_sparse.recipes.study.stats import log_slope
 
 
-def charts(measured: Measured) -> list[Chart]:
+def all_of(measured: Measured) -> list[Chart]:
     return [
         Chart(
             "phases",

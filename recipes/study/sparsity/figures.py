@@ -21,7 +21,7 @@ from lit_sparse.recipes.study.sparsity.measure import (
 from lit_sparse.recipes.study.stats import log_slope, mean_of
 
 
-def charts(measured: Measured) -> list[Chart]:
+def all_of(measured: Measured) -> list[Chart]:
     return [
         Chart(
             "keys",

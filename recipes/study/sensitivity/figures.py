@@ -14,7 +14,7 @@ from lit_sparse.recipes.study.sensitivity.verdicts import BOUNDED, HOLDS
 _CLIP = 0.1, 10.0
 
 
-def charts(measured: Measured) -> list[Chart]:
+def all_of(measured: Measured) -> list[Chart]:
     return [
         Chart(
             "degradation",

@@ -11,7 +11,7 @@ _OTHERS = {"calibrated": ("*", 13), "preset": ("x", 7)}
 """Marker and size."""
 
 
-def draw_losses(figure: Any, measured: Measured) -> None:
+def draw_losses(measured: Measured, figure: Any) -> None:
     """A panel for text and each task."""
     exponents = sorted({measured.laws[i].exponent for i in measured.of_kind("grid")})
     (line,) = figure.subplots(1, len(measured.losses), squeeze=False)
