@@ -10,7 +10,7 @@ from lit_sparse.data.tasks import Copy
 def test_recalls_are_shorter_runs_repeated_to_the_end(tokenizers, kind):
     task, piece = Copy(tokenizers[kind]), np.zeros(300, dtype=np.int64)
     periods = set()
-    for seed in range(20):
+    for seed in range(40):
         planted = task.plant(piece, np.random.default_rng(seed), recalls=4)
         period = int(planted.answer.argmax())
         assert np.array_equal(planted.ids[period:], planted.ids[:-period])

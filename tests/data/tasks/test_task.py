@@ -187,5 +187,5 @@ def test_the_text_of_prompts_is_of_one_document_or_of_several(documents_of, toke
 
 
 def test_an_unknown_task_is_refused_by_name(tokenizers):
-    with pytest.raises(ValueError, match="no task 'needle'; there are passkey, multikey"):
+    with pytest.raises(ValueError, match="no task 'needle'; there are copy, passkey, multikey"):
         make_task("needle", tokenizers["bytes"])
