@@ -12,6 +12,13 @@ from lit_sparse.recipes.study.start import write_start
 
 CONFIG = "study_base"
 
+NOTE = (
+    "The base is a byte-level Llama of 4 layers (`configs/study_base.yaml`) that learned from "
+    "weights which hold an induction circuit (`recipes/study/start.py`): alone a model of this "
+    "size would need far more tokens before it looks anything up."
+)
+"""For the reports of studies on it."""
+
 CONTEXT = 512
 """Tokens of its longest stage."""
 

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +40,9 @@ STUDIES = {
 
 TAKES_MODELS = ("windows", "layers", "radius", "collapse", "alpha")
 
+ON_MODELS = (*TAKES_MODELS, "training")
+"""Those that train a small model first where they are given none."""
+
 
 def main(argv: list[str]) -> int:
     """Run one study, write and print its report. 2 where something is refused."""
@@ -50,8 +54,10 @@ def main(argv: list[str]) -> int:
         run = import_module(f"lit_sparse.recipes.study.{options.study}").run
         begin = time.monotonic()
         findings = run(settings)
-        from lit_sparse.recipes.study import report
+        from lit_sparse.recipes.study import base, report
 
+        if options.study in ON_MODELS and not settings.models:
+            findings = replace(findings, notes=[*findings.notes, base.NOTE])
         command = shlex.join([*PROGRAM.split(), *argv])
         title = f"Study `{options.study}`: {STUDIES[options.study]}"
         lines = report.write(title, findings, settings, command, time.monotonic() - begin)

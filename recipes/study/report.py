@@ -61,13 +61,13 @@ def cell(value: Any) -> str:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Lines of a Markdown table; columns that hold numbers stand flush right."""
-    # A bar, as in ||W||, would end the cell.
-    cells = [[cell(value).replace("|", r"\|") for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     numeric = [
         all(isinstance(row[i], (int, float)) or row[i] is None for row in rows)
         for i in range(len(columns))
     ]
     rule = ["---:" if right else "---" for right in numeric]
+    # A bar, as in ||W||, would end the cell.
     lines = [[text.replace("|", r"\|") for text in line] for line in (columns, rule, *cells)]
     return [f"| {' | '.join(line)} |" for line in lines]
 

@@ -141,4 +141,5 @@ def _distances(one: Rotated) -> Iterator[tuple[Any, ...]]:
     for place, layer in enumerate(one.subject.layers):
         for head, weights in enumerate(one.weight[place].tolist()):
             for distance, weight in zip(one.distances.tolist(), weights, strict=True):
-                yield one.subject.name, one.rule, layer, head, distance, weight
+                if distance & (distance - 1) == 0:
+                    yield one.subject.name, one.rule, layer, head, distance, weight

@@ -67,8 +67,8 @@ _NOTES = (
     "Differences are paired: the same seed, base, rows and held-out files. Intervals are 95 %, "
     "over files after the mean over seeds; the spread over seeds stands beside.",
     "Seeds draw the order of the rows and the tasks in them; the base is the same.",
-    "The base learned from weights that hold an induction circuit (`recipes/study/start.py`), so "
-    "its look-ups are sharp: a few keys of a block, not its mean, decide what the block is worth.",
+    "The look-ups of the base are sharp: a few keys of a block, not its mean, decide what the "
+    "block is worth.",
     "The scorer `exact` reads every key of every block: it tells what a perfect choice of blocks "
     "gives, and saves no work.",
 )
