@@ -60,7 +60,7 @@ class Budget:
     floor: int = 1024
     ceiling: int | None = None
     sink: int = 64
-    local: float = 0.25
+    local: float = 0.5
     late: float = 0.1
     law: Literal["power", "log"] = "power"
     dense_below: int = 0

@@ -49,7 +49,7 @@ def test_preset_takes_overrides_and_names_the_known_ones():
 
 def test_defaults_are_those_of_the_balanced_preset():
     assert Budget() == Budget.preset("balanced")
-    assert (Budget().sink, Budget().local, Budget().late) == (64, 0.25, 0.1)
+    assert (Budget().sink, Budget().local, Budget().late) == (64, 0.5, 0.1)
 
 
 def test_ints_and_tensors_agree(budget):

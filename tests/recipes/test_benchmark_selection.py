@@ -87,7 +87,7 @@ def test_missed_mass_and_recall_are_those_of_brute_force(observed):
     assert sorted(layers) == [0, 1]
     entries = {Rule(e["selection"], e["score"], e["late"], e["tile"]): e for e in quality.results()}
     working = [rule for rule in entries if rule.kind == "working set"]
-    assert len(working) == 8
+    assert len(working) == 9
     for rule in working:
         budget = replace(BUDGET, late=rule.late)
         missed, found = [], []
