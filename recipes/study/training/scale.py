@@ -70,7 +70,7 @@ def form(settings: Settings) -> Form:
 def _large(settings: Settings) -> Form:
     """1024 to 32768 tokens on one GPU, by the default law and the default block.
 
-    A model of 100 million parameters; its base learns from 256 to 1024 tokens.
+    A model of 76 million parameters; its base learns from 256 to 1024 tokens.
     """
     shape = {
         "hidden_size": "768",
