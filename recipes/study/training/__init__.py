@@ -66,6 +66,7 @@ def _method(chosen: Form, compared: list[Arm]) -> str:
 _NOTES = (
     "Differences are paired: the same seed, base, rows and held-out files. Intervals are 95 %, "
     "over files after the mean over seeds; the spread over seeds stands beside.",
+    "Runs share the machine, two at a time: tokens/s and minutes are no comparison of speed.",
     "Seeds draw the order of the rows and the tasks in them; the base is the same.",
     "The look-ups of the base are sharp: a few keys of a block, not its mean, decide what the "
     "block is worth.",

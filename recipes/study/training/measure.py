@@ -116,12 +116,19 @@ def by_arm(results: list[Result]) -> dict[str, list[Result]]:
     return {name: [r for r in results if r.arm.name == name] for name in names}
 
 
-def relative_losses(own: list[Result], other: list[Result], length: int) -> np.ndarray:
+def relative_losses(
+    own: list[Result], other: list[Result], length: int, late: bool = False
+) -> np.ndarray:
     """Of each held-out text, how far the loss is above another arm's, as a share of the mean of
     that: the mean over seeds, float64 [texts].
+
+    Args:
+        late: of the last quarter of the texts alone.
     """
-    differences = [
-        a.losses[length].of_texts() - b.losses[length].of_texts()
-        for a, b in zip(own, other, strict=True)
-    ]
-    return np.mean(differences, 0) / np.mean([result.loss(length) for result in other])
+
+    def losses(result: Result) -> np.ndarray:
+        found = result.losses[length]
+        return found.late if late else found.of_texts()
+
+    differences = [losses(a) - losses(b) for a, b in zip(own, other, strict=True)]
+    return np.mean(differences, 0) / np.mean([losses(result).mean() for result in other])

@@ -45,7 +45,8 @@ def _near_dense(law: list[Result], dense: list[Result], length: int) -> Verdict:
         f"{length} tokens",
         outcome,
         f"{_percent(cost)} with {law[0].arm.executed:.3f} of the pairs; seeds "
-        f"{_seeds(law, dense, length)}; {_answered(law, dense, length)}",
+        f"{_seeds(law, dense, length)}; {_late(law, dense, length)}; "
+        f"{_answered(law, dense, length)}",
         limits[outcome],
     )
 
@@ -66,7 +67,8 @@ def _ahead(law: list[Result], other: list[Result], length: int, claim: str = "")
         claim or at_equal_keys,
         outcome,
         f"the validation loss of {_said(other)} is {_percent(lead)} above; seeds "
-        f"{_seeds(other, law, length)}; {_answered(law, other, length)}",
+        f"{_seeds(other, law, length)}; {_late(other, law, length)}; "
+        f"{_answered(law, other, length)}",
         limits[outcome],
     )
 
@@ -87,6 +89,11 @@ def _percent(share: Estimate) -> str:
 
 def _seeds(own: list[Result], other: list[Result], length: int) -> str:
     return ", ".join(f"{100 * x:+.2f} %" for x in _differences(own, other, length))
+
+
+def _late(own: list[Result], other: list[Result], length: int) -> str:
+    late = mean_of(relative_losses(own, other, length, late=True))
+    return f"in the last quarter of the texts {_percent(late)}"
 
 
 def _answered(own: list[Result], other: list[Result], length: int) -> str:
