@@ -13,7 +13,7 @@ from typing import Any
 from lit_sparse.recipes.benchmark.report import environment, write_json
 from lit_sparse.recipes.study.findings import Chart, Findings, Settings, Table
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Okabe and Ito's, which colour-blind readers tell apart."""
 
 _VERSIONS = ("torch", "transformers", "pytorch-lightning", "lit-sparse")

@@ -10,6 +10,8 @@ from lit_sparse.recipes.study.findings import Chart
 from lit_sparse.recipes.study.report import COLOURS
 from lit_sparse.recipes.study.training.measure import Result, by_arm
 
+_COLOURS = (*COLOURS, "#999999")
+
 
 def all_of(results: list[Result]) -> list[Chart]:
     longest = results[0].longest
@@ -38,7 +40,7 @@ def _losses(figure: Any, results: list[Result]) -> None:
     dense = arms["dense"]
     by_position, by_length = figure.subplots(1, 2, sharey=True)
     parts, lengths = dense[0].losses[longest].parts, sorted(dense[0].losses)
-    for colour, (name, runs) in zip(COLOURS, arms.items(), strict=True):
+    for colour, (name, runs) in zip(_COLOURS, arms.items(), strict=True):
         if name == "dense":
             continue
         positions = [
@@ -73,7 +75,7 @@ def _answers(figure: Any, results: list[Result]) -> None:
     arms, tasks = by_arm(results), list(results[0].answers)
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for task, axis in zip(tasks, axes, strict=True):
-        for colour, runs in zip(COLOURS, arms.values(), strict=True):
+        for colour, runs in zip(_COLOURS, arms.values(), strict=True):
             lengths = list(runs[0].answers[task])
             shares = [[r.answers[task][n].token_accuracy for n in lengths] for r in runs]
             _lines(axis, shares, colour, runs[0].arm.title)
