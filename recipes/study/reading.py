@@ -22,6 +22,9 @@ from lit_sparse.models.head import language_head
 BLOCK = TILE = SINK = 4
 """Tokens, of studies on short contexts: what is always kept is small beside the windows."""
 
+LOCAL = 0.25
+"""Share of a budget for the nearest keys, in these studies."""
+
 LONGEST = 2048
 """Of a model with a longer context these studies use so much, in tokens."""
 

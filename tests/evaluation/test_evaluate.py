@@ -101,7 +101,7 @@ def test_the_same_documents_are_read_at_each_length_while_there_are_enough(docum
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tasks": ["ppl", "needle"]}, "tasks: there is no 'needle'; there are ppl, passkey"),
+        ({"tasks": ["ppl", "needle"]}, "tasks: there is no 'needle'; there are ppl, copy, passkey"),
         ({"tasks": []}, "tasks must name at least one"),
         ({"lengths": [64, 64]}, "lengths must name at least one, each once"),
         ({"lengths": [1, 64]}, "lengths must rise and be >= 2"),

@@ -15,7 +15,7 @@ from lit_sparse.recipes.calibrate.check import raised, run_check
 from lit_sparse.recipes.calibrate.measure import Subject, load, longest_context, measure
 from lit_sparse.recipes.calibrate.texts import choose_texts, open_documents
 from lit_sparse.recipes.study.findings import Settings
-from lit_sparse.recipes.study.reading import BLOCK, LONGEST, SINK, TILE
+from lit_sparse.recipes.study.reading import BLOCK, LOCAL, LONGEST, SINK, TILE
 
 REFERENCE, FACTORS = 32768, (1, 2, 4, 8)
 """Context at which a preset's share of the keys is taken over to the longest one here, and what
@@ -91,8 +91,8 @@ def calibrated(
         settings.progress(f"{subject.path}: calibrated for {target}")
         needs = measure(subject, missed, rows, settings.seed, _silent)
         fits = fit_heads(needs, seed=settings.seed)
-        own = subject.selecting.budget
-        law = choose_law(fits, sink=SINK, local=own.local, late=own.late, block=BLOCK)
+        late = subject.selecting.budget.late
+        law = choose_law(fits, sink=SINK, local=LOCAL, late=late, block=BLOCK)
         if law.dense:
             dense.append(target)
             continue
@@ -131,7 +131,7 @@ def presets(context: int) -> list[Candidate]:
 
 
 def _through(share: float, context: int, exponent: float) -> Budget:
-    return Budget.through(share * context, context, exponent, floor=0, sink=SINK)
+    return Budget.through(share * context, context, exponent, floor=0, sink=SINK, local=LOCAL)
 
 
 def _silent(text: str) -> None:

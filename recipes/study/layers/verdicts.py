@@ -101,7 +101,7 @@ def _by_nature(random: Sequence[Depth], trained: Sequence[Depth]) -> Verdict:
         Outcome.of(count == of, 2 * count >= of),
         f"random weights: {shares} by layer; C below 1 in {_counted(count, of)}. Trained: "
         f"{against}",
-        "" if count == of else "not in the other heads, as its config draws the weights",
+        "" if count == of else f"not in {of - count} heads, as the config draws the weights",
     )
 
 

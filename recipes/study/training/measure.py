@@ -82,16 +82,17 @@ def measure(run: Path, arm: Arm, seed: int, form: Form, evaluation_seed: int) ->
         device=form.device,
     )
     subject = load(run, loading)
-    common = {"seed": evaluation_seed, "documents": form.documents, "prompts": form.prompts}
-    asked = (
-        Questions(lengths=form.lengths, tasks=[LOSS], **common),
-        Questions(
-            lengths=[form.lengths[0], form.lengths[-1]], tasks=form.tasks, dense=False, **common
-        ),
+    losses = Questions(form.lengths, [LOSS], documents=form.documents, seed=evaluation_seed)
+    answers = Questions(
+        [form.lengths[0], form.lengths[-1]],
+        form.tasks,
+        prompts=form.prompts,
+        dense=False,
+        seed=evaluation_seed,
     )
     texts, prompts = (
         evaluate(subject.model, subject.tokenizer, subject.documents, questions)
-        for questions in asked
+        for questions in (losses, answers)
     )
     side = SPARSE if any(SPARSE in sides for sides in texts.losses.values()) else DENSE
     stage = json.loads((run / "stages.json").read_text(encoding="utf-8"))[-1]

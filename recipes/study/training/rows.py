@@ -17,7 +17,7 @@ def training_rows(form: Form) -> list[Row]:
     stages = [Stage(length=length, steps=steps) for length, steps in form.stages]
     data = PackedTextDataModule(**options, curriculum=Curriculum(stages))
     data.setup()
-    rows = []
+    rows: list[Row] = []
     for row in range(len(data.run)):
         _, index, number = data.run.find(row)
         _, _, lengths = index.pieces(number)

@@ -61,8 +61,16 @@ def form(settings: Settings) -> Form:
     law = Budget(**sparse["budget"])
     seeds = [settings.seed + i for i in range(1 if settings.quick else 3)]
     if settings.quick:
-        tiny = {"documents": 4, "prompts": 4, "tasks": ("passkey",)}
-        return Form(law, [(512, 6), (1024, 6)], sparse["block"], sparse["tile"], seeds, **tiny)
+        return Form(
+            law,
+            [(512, 6), (1024, 6)],
+            sparse["block"],
+            sparse["tile"],
+            seeds,
+            documents=4,
+            prompts=4,
+            tasks=("passkey",),
+        )
     stages = [(stage["length"], stage["steps"]) for stage in config["curriculum"]["stages"]]
     return Form(law, stages, sparse["block"], sparse["tile"], seeds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lit_sparse.recipes.study.findings import Findings, Settings
-from lit_sparse.recipes.study.reading import BLOCK, SINK
+from lit_sparse.recipes.study.reading import BLOCK, LOCAL, SINK
 from lit_sparse.recipes.study.subjects import SEEN, given
 from lit_sparse.recipes.study.windows import persistence, synthetic, trained
 from lit_sparse.recipes.study.windows.cost import RULES
@@ -71,7 +71,7 @@ def _method(rows: Errors, growth: Growth, models: Sequence[Trained]) -> str:
         f"Trained: {', '.join(m.name for m in models)}; {model.values.shape[-1]} packed rows of "
         f"documents of {model.lengths[0]} to {model.lengths[-1]} tokens, pieces of Python's own "
         f"source; the operator with blocks and tiles of {BLOCK} tokens, sink "
-        f"{SINK}, a quarter of each window local. Costs are keys that the operator reads, "
+        f"{SINK}, {LOCAL:.0%} of each window local. Costs are keys that the operator reads, "
         "solved from lengths and measured. Contexts are short, so blocks are: with blocks of 64 "
         "most windows would keep most of a document."
     )

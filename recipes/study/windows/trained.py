@@ -15,6 +15,7 @@ from lit_sparse.recipes.study import subjects
 from lit_sparse.recipes.study.findings import Settings
 from lit_sparse.recipes.study.reading import (
     BLOCK,
+    LOCAL,
     LONGEST,
     SINK,
     TILE,
@@ -109,10 +110,11 @@ def measure(settings: Settings, path: Path) -> Trained:
     values = np.empty((len(NORMS), len(shares), len(RULES), len(lengths), count))
     for i, share in enumerate(shares):
         keys = BLOCK * round(share * max(lengths) / BLOCK)
-        target = cost(CONSTANT.make(keys, sink=SINK))
+        target = cost(CONSTANT.make(keys, sink=SINK, local=LOCAL))
         for j, rule in enumerate(RULES):
             settings.progress(f"{path}: {rule.name} at the cost of {keys} keys")
-            sparsify(model, solve(rule, cost, target, sink=SINK), block=BLOCK, tile=TILE)
+            budget = solve(rule, cost, target, sink=SINK, local=LOCAL)
+            sparsify(model, budget, block=BLOCK, tile=TILE)
             read_keys = []
             for r, row in enumerate(rows):
                 found = read(model, row, sampled[r])
