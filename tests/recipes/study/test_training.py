@@ -121,7 +121,7 @@ def test_the_quick_form_trains_once(tmp_path):
     executed = {row["rule"]: float(row["executed / dense pairs"]) for row in rows(out, "summary")}
     assert executed["dense"] == 1
     assert len({round(share, 1) for share in executed.values()}) == 2
-    records = sorted((out / "work" / "training").glob("*.json"))
+    records = sorted((out / "work" / "fine-tunes").glob("*.json"))
     assert len(records) == 8
     before = [path.stat().st_mtime_ns for path in records]
     assert outcomes(run("training", tmp_path)) == found
