@@ -12,7 +12,7 @@ from lit_sparse.attention.options import Options
 from lit_sparse.attention.probe import probe_rows, sample_rows
 from lit_sparse.attention.row_statistics import SINK_TOKENS, STATISTICS
 
-BUDGET = Budget(alpha=1, exponent=0.5, floor=112, sink=8, late=0.4)
+BUDGET = Budget(alpha=1, exponent=0.5, floor=112, sink=8, local=0.25, late=0.4)
 DERIVED = ("tau", "captured_mass", "entropy_ratio", "entropy_ratio_without_sink", "gamma")
 DERIVED += ("effective_support", "participation", "jacobian_trace", "gamma_of_entropy")
 
