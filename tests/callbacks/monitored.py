@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lit_sparse import Budget
 from lit_sparse.callbacks import DenseGapMonitor, SparseAttention
 
-BUDGET = Budget(alpha=1, exponent=0.5, floor=80, sink=8)
+BUDGET = Budget(alpha=1, exponent=0.5, floor=80, sink=8, local=0.25)
 ARCHITECTURE = {
     "vocab_size": 257,
     "hidden_size": 32,

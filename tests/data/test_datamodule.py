@@ -206,7 +206,7 @@ def test_describe_says_how_rows_waste_less(corpus_dir):
         ({"tasks": {"passkey": 0.7, "multikey": 0.5}}, r"data\.tasks: the shares add up to 1\.2"),
         (
             {"tasks": {"needle": 0.5}},
-            r"data\.tasks: there is no task 'needle', only passk",
+            r"data\.tasks: there is no task 'needle', only copy",
         ),
         ({"task_recalls": -1}, r"data\.task_recalls"),
         ({"seed": -1}, r"data\.seed"),
