@@ -46,6 +46,11 @@ PLANS = {
         "1 GPU: DeepSpeed, ZeRO 1",
     ],
     "continue_pretraining": ["llama, 1,235,814,400 parameters", "stores/domain, 75% of the tokens"],
+    "study_base": [
+        "llama, 853,376 parameters, all trained; new",
+        "2 512 1800 1.84 M dense 1.000 default, theta 10000",
+    ],
+    "study_finetune": ["3 4k 80 328 k 512 0.171 default, theta 776621 5.97e-04"],
     "chat_longcontext": ["llama, 3,212,749,824 parameters", "8 rows at a time, 8 times a step"],
 }
 
