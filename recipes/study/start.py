@@ -1,7 +1,7 @@
 """Weights that the base of the studies starts from: random ones that hold an induction circuit.
 
-A model this small needs tens of millions of tokens before it looks anything up by itself (see
-Olsson et al., arXiv 2209.11895, on when induction heads form), more than minutes on a CPU allow. So
+From random weights a model this small does not learn to look anything up within the few million
+tokens that minutes on a CPU allow (on how induction heads form: Olsson et al., arXiv 2209.11895). So
 the circuit is written into its first two layers: a token attends to those that came after an
 earlier occurrence of it, and finds them likely to come next. It knows nothing of any task, and
 training is free to change it.
