@@ -1,8 +1,8 @@
 """Weights that the base of the studies starts from: random ones that hold an induction circuit.
 
 From random weights a model this small does not learn to look anything up within the few million
-tokens that minutes on a CPU allow (on how induction heads form: Olsson et al., arXiv 2209.11895). So
-the circuit is written into its first two layers: a token attends to those that came after an
+tokens that minutes on a CPU allow (on how induction heads form: Olsson et al., arXiv 2209.11895).
+So the circuit is written into its first two layers: a token attends to those that came after an
 earlier occurrence of it, and finds them likely to come next. It knows nothing of any task, and
 training is free to change it.
 """
